@@ -1,0 +1,34 @@
+# make book · make test · make reproduce · make lab: each sets up .venv by itself, once
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready-$(shell cat settings.ini constraints.txt setup.py pyproject.toml | cksum | cut -d' ' -f1)
+
+.PHONY: book test reproduce lab clean
+.DELETE_ON_ERROR:
+
+book: $(READY)
+	$(BIN)/facebook-nb tour
+	$(BIN)/facebook-nb book
+
+test: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+reproduce: $(READY)
+	$(BIN)/facebook-nb reproduce
+	$(BIN)/facebook-nb book
+
+lab: $(READY)
+	$(BIN)/jupyter lab nbs/chapters
+
+clean:
+	rm -rf _build runs .pytest_cache .ruff_cache
+
+$(READY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; say which with make PYTHON=python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[faces,ode,book,dev]'
+	rm -f .venv/ready-*
+	touch $@

@@ -1,0 +1,19 @@
+"""Packaging from settings.ini, the one place where names, version and requirements stand."""
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+config = ConfigParser(delimiters=["="])
+config.read("settings.ini")
+cfg = config["DEFAULT"]
+extras = {key.removesuffix("_requirements"): value.split()
+          for key, value in cfg.items() if key.endswith("_requirements")}
+
+setup(
+    name=cfg["lib_name"], version=cfg["version"], author=cfg["author"], description=cfg["description"],
+    long_description=Path("README.md").read_text(), long_description_content_type="text/markdown",
+    license="Apache-2.0", python_requires=f">={cfg['min_python']}", packages=find_packages(include=["facebook_nb*"]),
+    package_data={"facebook_nb": ["weights/*"]}, install_requires=cfg["requirements"].split(), extras_require=extras,
+    entry_points={"console_scripts": cfg["console_scripts"].split()}, zip_safe=False,
+)

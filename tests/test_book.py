@@ -1,0 +1,97 @@
+"""The rendered book: built without a warning, and read in a browser with the network off."""
+import shutil
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.xdist_group("book")
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def html(tmp_path_factory):
+    out = tmp_path_factory.mktemp("book")
+    command = [Path(sys.executable).parent / "jupyter-book", "build", ROOT, "-W", "--keep-going", "--all",
+               "--path-output", out]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, "\n".join(
+        line for line in (done.stdout + done.stderr).splitlines() if "WARNING" in line or "ERROR" in line)
+    return out / "_build" / "html"
+
+
+@pytest.fixture(scope="module")
+def address(html):
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=html)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=chromium, args=[
+            "--no-sandbox", "--disable-background-networking", "--disable-component-update", "--no-first-run"])
+        yield browser
+        browser.close()
+
+
+def test_no_page_shows_directives_or_needs_another_host(html):
+    pages = [p for p in html.rglob("*.html") if "_static" not in p.parts]
+    assert len(pages) > 20
+    for page in pages:
+        text = page.read_text()
+        assert "#| export" not in text and "#| default_exp" not in text, page.name
+        for tag in ("script", "link", "img"):
+            assert f'<{tag} src="http' not in text and f'<{tag} href="http' not in text, page.name
+
+
+def test_ten_chapters_have_a_page_and_the_unwritten_say_so(html):
+    from facebook_nb.cli import CHAPTERS, is_written
+    for chapter in CHAPTERS:
+        text = (html / "nbs" / "chapters" / f"{chapter}.html").read_text()
+        assert ("not written yet" in text) != is_written(ROOT / "nbs" / "chapters" / f"{chapter}.ipynb")
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_every_page_reads_well_with_the_network_off(html, address, browser, size):
+    width, height = SIZES[size]
+    page = browser.new_page(viewport={"width": width, "height": height})
+    complaints = []
+    page.on("console", lambda m: m.type == "error" and complaints.append(m.text))
+    page.on("pageerror", lambda e: complaints.append(str(e)))
+    page.on("request", lambda r: r.url.startswith((address, "data:")) or complaints.append(r.url))
+    paths = [str(p.relative_to(html)) for p in sorted((html / "nbs").rglob("*.html"))]
+    for path in [*paths, "genindex.html"]:
+        assert page.goto(address + path, wait_until="load").ok, path
+        page.wait_for_function("!document.querySelector('.math:not(:has(mjx-container))')", timeout=15_000)
+        assert page.locator("mjx-merror").count() == 0, path
+        wide = page.evaluate("document.scrollingElement.scrollWidth - innerWidth")
+        assert wide <= 0, f"{path} scrolls sideways by {wide} px at {width} px"
+        # pictures load lazily: bring each into view
+        page.evaluate("document.querySelectorAll('img').forEach(i => i.loading = 'eager')")
+        page.wait_for_function("[...document.images].every(i => i.complete)", timeout=15_000)
+        bad = page.evaluate("""[...document.images].filter(i => !i.naturalWidth || !i.alt || i.alt.includes('_images/'))
+                               .map(i => i.src)""")
+        assert not bad, f"{path}: {bad}"
+        assert not complaints, f"{path}: {complaints}"
+    page.goto(address + "search.html?q=quality", wait_until="load")
+    page.wait_for_selector("#search-results li", timeout=15_000)
+    assert not complaints, complaints
+    page.close()

@@ -1,0 +1,116 @@
+"""The command line as a user meets it: one line for a mistake, and the right exit code."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from facebook_nb.cli import execute_all, store
+from facebook_nb.files import UserError, read_json
+from tests.conftest import ROOT
+
+COMMAND = str(Path(sys.executable).parent / "facebook-nb")
+
+
+def cli(*args, cwd=ROOT):
+    return subprocess.run([COMMAND, *map(str, args)], capture_output=True, text=True, cwd=cwd)
+
+
+def fails(done, code, *words):
+    """The command ended with `code` and one line on stderr that holds the words."""
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in done.stderr, done.stderr
+
+
+def test_list_names_ten_chapters():
+    done = cli("list")
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in ("fpr", "sdd_fiqa", "cmr")) and "not written yet" in done.stdout
+
+
+@pytest.mark.parametrize("args, words", [
+    (["run", "sdd_fika"], ["no chapter 'sdd_fika'", "sdd_fiqa"]),
+    (["run", "d2am"], ["d2am", "not written yet"]),
+    (["run", "sdd_fiqa", "--preset", "tiny"], ["no preset 'tiny'", "smoke, book, full"]),
+    (["run", "sdd_fiqa", "--preset", "smoke", "--set", "nonsense=1"], ["no setting 'nonsense'"]),
+    (["run", "sdd_fiqa", "--preset", "smoke", "--set", "n_seeds"], ["FIELD=VALUE"]),
+    (["run", "sdd_fiqa", "--preset", "smoke", "--set", "n_seeds=many"], ["n_seeds='many'"]),
+    (["apply", "sdd_fiqa", "x.png", "--weights", "none.safetensors"], ["none.safetensors"]),
+    (["apply", "d2am", "x.png"], ["d2am", "not written yet"]),
+    (["data", "check", "sdd_fiqa", "--data-root", "nowhere"], ["nowhere", "no such folder"]),
+    (["reproduce", "chapter"], ["no notebook 'chapter'"])])
+def test_a_users_mistake_is_one_line_and_exit_code_2(args, words, tmp_path):
+    if args[0] == "run":
+        args = [*args, "--out-dir", tmp_path / "run"]
+    done = cli(*args)
+    fails(done, 2, *words)
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.glob("run/**/*.ipynb"))
+
+
+def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    fails(cli("run", "sdd_fiqa", "--preset", "smoke", "--out-dir", tmp_path), 2, "--resume")
+
+
+@pytest.fixture
+def small_book(tmp_path):
+    """A book whose chapter sdd_fiqa is a notebook of a few lines."""
+    (tmp_path / "_toc.yml").write_text("")
+    (tmp_path / "nbs" / "chapters").mkdir(parents=True)
+
+    def write(*sources):
+        cells = [{"cell_type": "code", "id": f"c{k}", "metadata": {"tags": ["parameters"]} if not k else {},
+                  "source": source, "outputs": [], "execution_count": None} for k, source in enumerate(sources)]
+        path = tmp_path / "nbs" / "chapters" / "sdd_fiqa.ipynb"
+        path.write_text(json.dumps({"cells": cells, "nbformat": 4, "nbformat_minor": 5, "metadata": {
+            "kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}}))
+        return path
+
+    write.root = tmp_path
+    return write
+
+
+PARAMETERS = 'preset = "book"\ndata_root = None\nseed = 0\ndevices = 1\nout_dir = None\noverrides = {}'
+
+
+def test_a_failed_run_shows_the_cell_and_keeps_the_notebook(small_book, tmp_path):
+    small_book(PARAMETERS, "print('before')", "wrong = 1 / 0  # the culprit")
+    done = cli("run", "sdd_fiqa", "--preset", "smoke", "--out-dir", tmp_path / "run", cwd=small_book.root)
+    fails(done, 1, "# the culprit", "ZeroDivisionError", "sdd_fiqa.ipynb")
+    kept = read_json(tmp_path / "run" / "sdd_fiqa.ipynb")
+    assert any("before" in "".join(o.get("text", "")) for c in kept["cells"] for o in c.get("outputs", []))
+
+
+def test_a_users_mistake_inside_the_notebook_is_one_line_too(small_book, tmp_path):
+    small_book(PARAMETERS, "from facebook_nb.files import UserError\nraise UserError('data: missing; get it')")
+    done = cli("run", "sdd_fiqa", "--preset", "smoke", "--out-dir", tmp_path / "run", cwd=small_book.root)
+    fails(done, 2, "error: data: missing; get it")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_store_takes_outputs_and_refuses_stderr(small_book, tmp_path):
+    path = small_book(PARAMETERS, "1 + 1")
+    done = tmp_path / "done" / path.name
+    [outcome] = execute_all([(path, done, {"seed": 5})], say=lambda line: None)
+    assert not outcome.error and outcome.name == "sdd_fiqa"
+    store(done, path, {"preset": "book", "digest": "x"})
+    kept = read_json(path)
+    assert [c["id"] for c in kept["cells"]] == ["c0", "c1"]         # without the injected cell
+    assert kept["cells"][1]["outputs"][0]["data"]["text/plain"] == ["2"]
+    assert kept["metadata"]["facebook_nb"]["preset"] == "book" and "papermill" not in kept["metadata"]
+    path = small_book(PARAMETERS, "import sys\nprint('x', file=sys.stderr)")
+    execute_all([(path, done, {})], say=lambda line: None)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="c1.*stderr"):
+        store(done, path, {})
+    assert path.read_bytes() == before
+
+
+def test_results_are_json_too():
+    done = cli("results", "--json")
+    assert done.returncode == 0
+    assert all({"chapter", "claim", "metrics", "digest"} <= set(entry) for entry in json.loads(done.stdout))

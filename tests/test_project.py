@@ -1,0 +1,117 @@
+"""The project holds together: exports, stored outputs, imports, size."""
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from facebook_nb.cli import CHAPTERS, has_code, is_written
+from facebook_nb.experiment import read_ledger, source_digest
+from tests.conftest import ROOT
+
+NOTEBOOKS = sorted(ROOT.glob("nbs/*/*.ipynb"))
+RUN = [n for n in NOTEBOOKS if has_code(n)]
+MODULES = [p for p in sorted((ROOT / "facebook_nb").rglob("*.py")) if p.name not in ("__init__.py", "_modidx.py")]
+named = {"ids": lambda p: p.stem}
+
+
+def cells(notebook):
+    return json.loads(notebook.read_text())["cells"]
+
+
+def test_modules_are_what_the_notebooks_export(tmp_path):
+    from nbdev.export import nb_export
+    for notebook in NOTEBOOKS:
+        nb_export(notebook, lib_path=tmp_path / "facebook_nb")
+    made = {p.relative_to(tmp_path): p.read_text() for p in tmp_path.rglob("*.py")}
+    kept = {p.relative_to(ROOT): p.read_text() for p in MODULES}
+    # headers name the notebook relative to the module, which differs in another folder
+    plain = lambda text: re.sub(r"[\w./-]*/nbs/", "nbs/", text)
+    made = {k: v for k, v in made.items() if k.name not in ("__init__.py", "_modidx.py")}
+    assert set(made) == set(kept), "run nbdev_export; remove modules whose notebook is gone"
+    for name, text in kept.items():
+        assert plain(made[name]) == plain(text), f"{name}: run nbdev_export"
+
+
+@pytest.mark.parametrize("notebook", RUN, **named)
+def test_stored_outputs_are_of_this_code(notebook):
+    stamp = json.loads(notebook.read_text())["metadata"].get("facebook_nb")
+    assert stamp, f"{notebook.stem}: facebook-nb reproduce {notebook.stem}"
+    assert stamp["preset"] == "book" and stamp["versions"]["torch"] and stamp["device"]
+    assert stamp["digest"] == source_digest(notebook), f"stale: facebook-nb reproduce {notebook.stem}"
+    if notebook.stem in CHAPTERS and is_written(notebook):
+        assert read_ledger(notebook.stem, ROOT)["digest"] == stamp["digest"]
+
+
+@pytest.mark.parametrize("notebook", RUN, **named)
+def test_stored_outputs_are_fit_to_be_read(notebook):
+    for cell in cells(notebook):
+        for output in cell.get("outputs", []):
+            assert output["output_type"] != "error" and output.get("name") != "stderr", cell["id"]
+            data = output.get("data", {})
+            text = "".join(output.get("text", "")) + "".join(data.get("text/plain", ""))
+            assert not re.search(r"/(home|tmp|root|work|Users)/| at 0x[0-9a-f]{6}", text), cell["id"]
+            assert "application/vnd.jupyter.widget-view+json" not in data, cell["id"]
+            for kind in ("image/png", "image/jpeg", "image/svg+xml"):
+                if kind in data:
+                    meta = cell["metadata"].get("mystnb", {})
+                    assert meta.get("figure", {}).get("caption"), f"{cell['id']}: no caption"
+                    assert meta.get("image", {}).get("alt"), f"{cell['id']}: no alt text"
+                    assert len("".join(data[kind])) < 220_000, f"{cell['id']}: figure over 150 KB"
+    assert notebook.stat().st_size < 2_700_000
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, **named)
+def test_cells_are_named_after_what_they_define(notebook):
+    ids = [c["id"] for c in cells(notebook)]
+    assert len(ids) == len(set(ids))
+    for cell in cells(notebook):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "code" and source.startswith("#| export\n"):
+            defined = re.findall(r"^(?:class|def) (\w+)|^(\w+)(?::[^=\n]+)? = ", source, re.M)
+            public = [a or b for a, b in defined if not (a or b).startswith("_")]
+            if public and not source.startswith("#| export\nimport"):
+                assert cell["id"] in public or cell["id"] in source, cell["id"]
+
+
+def test_headings_do_not_jump_and_titles_are_single():
+    for notebook in NOTEBOOKS:
+        levels = []
+        for cell in cells(notebook):
+            if cell["cell_type"] == "markdown":
+                text = re.sub(r"```.*?```", "", "".join(cell["source"]), flags=re.S)
+                levels += [len(m) for m in re.findall(r"^(#+) ", text, re.M)]
+        assert levels[0] == 1 and levels.count(1) == 1, notebook.stem
+        assert all(b - a <= 1 for a, b in zip(levels, levels[1:])), notebook.stem
+
+
+def test_a_light_import(tmp_path):
+    heavy = ("matplotlib", "dlib", "cv2", "sklearn", "accelerate", "tensorboard", "torchmetrics", "papermill", "nbdev")
+    names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in MODULES if p.stem != "cli"]
+    code = ("import sys, importlib\nimport facebook_nb\nassert 'torch' not in sys.modules\n"
+            f"for name in {names}:\n importlib.import_module(name)\n"
+            f"bad = [m for m in {heavy} if m in sys.modules]\nassert not bad, bad")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_repository_stays_small():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    sizes = {p: (ROOT / p).stat().st_size for p in listed.stdout.split("\0") if p and (ROOT / p).exists()}
+    assert sum(sizes.values()) < 30e6
+    assert max(sizes.values()) < 3e6, max(sizes, key=sizes.get)
+
+
+def test_the_project_names_no_machine():
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, listed.stdout.split("\0")):
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".ipynb", ".yml", ".ini", ".toml", ".txt") and path != Path(__file__):
+            found = re.search(r"(?<![\w./-])/(?:work|home/\w+|root)/", path.read_text())
+            assert not found, f"{name}: {found[0]}"
