@@ -1,0 +1,94 @@
+"""Several gloo processes with the class-sharded head; apart from the tests, so that a child imports little."""
+import multiprocessing
+import os
+import socket
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def start(ranks, out, job, what):
+    """Run `job` in `ranks` processes; each leaves JOB-RANK.pt in `out`.
+
+    Children are forked from a process that has imported torch but never used it: a start costs 0.1 s, not 3.
+    """
+    torch.save(what, out / f"{job}.pt")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["torch.distributed", "accelerate", "facebook_nb.training", "facebook_nb.fpr"])
+    running = [server.Process(target=member, args=(job, str(out), rank, ranks, port)) for rank in range(ranks)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(240)
+        if process.is_alive():
+            process.kill()
+    assert [process.exitcode for process in running] == [0] * ranks
+
+
+def member(job, out, rank, ranks, port):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_WORLD_SIZE=str(ranks),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=200))
+    out = Path(out)
+    what = torch.load(out / f"{job}.pt", weights_only=False)
+    torch.save(JOBS[job](what, rank, ranks), out / f"{job}-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def once(what, rank, ranks):
+    """Loss, local logits and gradients; x, y are cut by `sizes`, classes evenly but for the remainder."""
+    from facebook_nb import fpr
+
+    n, group = what["how"]["classes"], dist.group.WORLD
+    first, last = (n * r // ranks for r in (rank, rank + 1))
+    how = fpr.How(**what["how"], first=first, group=group)
+    W = what["W"][first:last].clone().requires_grad_()
+    x, y = (what[k].split(what["sizes"])[rank].clone() for k in ("x", "y"))
+    x.requires_grad_()
+    everything, labels = fpr.gather_rows(x, group), fpr.gather_rows(y, group)
+    z, seen = fpr.penalised_logits(everything, W, labels, how)
+    loss = fpr.split_cross_entropy(z, labels, how)
+    (loss * len(x) / len(what["x"])).backward()         # its share, as `fit` weighs it
+    return dict(z=z.detach(), loss=loss.detach(), d_x=x.grad, d_W=W.grad, info=list(seen[2:]), rho=seen.rho)
+
+
+def many(what, rank, ranks):
+    return [once(each, rank, ranks) for each in what]
+
+
+def network(classes, ranks=1):
+    """A small body and the head, the same for any number of processes; 20 images."""
+    from facebook_nb.fpr import FPRHead
+
+    torch.manual_seed(3)
+    body = nn.Linear(6, 8)
+    head = FPRHead(8, classes, s=8.0, m=0.2, sharded=ranks > 1)
+    model = nn.ModuleDict({"body": body, "head": head}).double()
+    x = torch.randn(20, 6, dtype=torch.float64)
+    return model, (x, torch.randint(classes, (20,))), head
+
+
+def train(classes, ranks=1):
+    from facebook_nb.training import Recipe, fit
+
+    model, data, head = network(classes, ranks)
+    history = fit(model, lambda net, batch, step: net["head"](net["body"](batch[0]), batch[1]), data,
+                  torch.optim.SGD(model.parameters(), 0.5, momentum=0.9),
+                  Recipe(steps=6, batch_size=8, clip_norm=0.5, seed=1), device="cpu",
+                  sharded=head if ranks > 1 else None)
+    return dict(body=model["body"].weight.detach(), weight=head.weight.detach(), loss=history.losses["loss"])
+
+
+def fitted(what, rank, ranks):
+    return train(what["classes"], ranks)
+
+
+JOBS = {"once": once, "many": many, "fitted": fitted}

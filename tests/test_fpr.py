@@ -1,0 +1,236 @@
+"""The penalised head: fast equals literal, sharded equals whole, edge cases, group rates."""
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from facebook_nb import fpr
+from facebook_nb.files import UserError
+from facebook_nb.fpr import PENALTIES, How, Penalty
+from tests import fpr_child
+
+
+def batch(B=24, n=60, d=12, pull=0.8, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    W, y = torch.randn(n, d, generator=g, dtype=dtype), torch.randint(n, (B,), generator=g)
+    x = torch.randn(B, d, generator=g, dtype=dtype) + pull * W[y]
+    return x.requires_grad_(), W.requires_grad_(), y
+
+
+def psi(t, base, m):
+    """The margins, by autograd."""
+    if base == "arcface":
+        near = torch.cos(torch.acos(t) + m)
+        return torch.where(t > math.cos(math.pi - m), near, t - m * math.sin(math.pi - m))
+    return t - (m if base == "cosface" else 0)
+
+
+def literal(x, W, y, s, m, base, p):
+    """Every option, with matrices and sorts; W detached where the penalty must not reach it."""
+    n, B, own = len(W), len(x), F.one_hot(y, len(W)).bool()
+    unit = F.normalize(x)
+    c, c_x = (unit @ F.normalize(w).T for w in (W, W.detach()))
+    if p.detach == "none":
+        c_x = c
+    t, t_x = c[own][:, None], c_x[own][:, None]
+    z = psi(t, base, m)
+    hard = (c > t) & ~own & (p.negatives == "below_target")
+    ranked = c[~own & ~hard].sort(descending=True).values
+    if not len(ranked):
+        return s * torch.where(own, z, c)
+    k = math.ceil(np.float32(len(ranked)) * np.float32(1 / (n - 1))) if p.rate is None \
+        else math.floor(p.rate * len(ranked)) + 1
+    selected = (c > ranked[k - 1]) & ~own & ~hard
+    assert selected.sum() < k or len(ranked) < B * (n - 1) or p.rate is None or selected.sum() == k - 1
+    q = torch.where(selected & (c < z), c, torch.where(selected, c_x, torch.ones_like(c))) ** p.power * selected
+    if p.average == "selected":
+        rho = q.sum(1) / (selected & (c != 0)).sum(1).clamp_min(1)
+    else:
+        rho = q.sum(1) / (n - 1) / (p.rate or 1 / (n - 1))
+    alpha = 1 + t_x if p.alpha is None else p.alpha
+    return s * torch.where(own, z - alpha * rho[:, None], c)
+
+
+VARIANTS = {
+    "official": Penalty(), "paper": PENALTIES["paper"], "often": Penalty(rate=0.05),
+    "paper often": Penalty(negatives="all", rate=0.05, average="rate", alpha=1.0, detach="none"),
+    "all": Penalty(negatives="all"), "no factor": Penalty(alpha=1.0), "through": Penalty(detach="none"),
+    "unweighted": Penalty(power=0, average="rate"), "cubic": Penalty(power=3, alpha=0.5, detach="none", rate=0.02),
+}
+
+
+@pytest.mark.parametrize("base", fpr.BASES)
+@pytest.mark.parametrize("name", VARIANTS)
+def test_fast_equals_literal(base, name):
+    for pull in (0.8, 0.1, -1.0):
+        x, W, y = batch(pull=pull)
+        up = torch.randn(24, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        theirs = literal(x, W, y, 16, 0.3, base, VARIANTS[name])
+        ours, _ = fpr.penalised_logits(x, W, y, How(60, 16, 0.3, base, VARIANTS[name]))
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+        for a, b in zip(*(torch.autograd.grad((z * up).sum(), (x, W)) for z in (ours, theirs))):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["official", "paper often"])
+def test_threshold_in_long_rows_with_ties(name):
+    """Several segments and a rest in each row, most values met many times."""
+    g = torch.Generator().manual_seed(2)
+    B, n, p = 40, 5000, VARIANTS[name]
+    c = torch.randint(-50, 50, (B, n), generator=g) / 100
+    t = torch.full((B,), 0.3)
+    c[:, 7] = fpr.OUT
+    found = fpr.false_positives(c, t, p, n)
+    fits = c <= (0.3 if p.negatives == "below_target" else 2)
+    ranked = c[fits & (c > -1.5)].sort(descending=True).values
+    hard = int((~fits).sum())
+    assert found.hard == hard and found.k == fpr.threshold_rank(p, B, n, hard)
+    assert found.threshold == ranked[found.k - 1]
+    mask = torch.zeros(B, n, dtype=torch.bool)
+    mask[found.rows, found.columns] = True
+    assert torch.equal(mask, fits & (c > found.threshold)) and torch.equal(c[found.rows, found.columns], found.values)
+
+
+def test_no_candidate_left_gives_the_base_loss():
+    W = F.normalize(torch.randn(7, 4, generator=torch.Generator().manual_seed(0)))
+    x = -W[:3]                                              # nothing is less alike than the own one
+    hows = [How(7, 8, 0.3, penalty=p) for p in (PENALTIES["official"], None)]
+    y = torch.arange(3)
+    (a, seen), (b, _) = (fpr.penalised_logits(x.requires_grad_(), W, y, how) for how in hows)
+    assert torch.equal(a, b) and seen.k == 0 and seen.selected == 0 and math.isnan(seen.threshold)
+    assert seen.hard == 18 and seen.extra.abs().max() == 0
+    for z in (a, b):
+        assert torch.isfinite(torch.autograd.grad(z.sum(), x)[0]).all()
+
+
+def test_cross_entropy_is_that_of_torch():
+    z = (30 * torch.randn(20, 4000, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    y = torch.arange(20)
+    ours, theirs = fpr.split_cross_entropy(z, y, How(4000)), F.cross_entropy(z, y)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(3 * loss, z)[0] for loss in (ours, theirs)), atol=1e-7, rtol=1e-5)
+
+
+def jobs():
+    """Uneven classes and batches; a process without an own label; every strange case of the threshold."""
+    for sizes in ([5, 9, 4], [6, 6, 6]):
+        for base, name in (("cosface", "official"), ("arcface", "paper often"), ("softmax", "unweighted")):
+            x, W, y = batch(B=sum(sizes), n=31, dtype=torch.float32)
+            if sizes[0] == 6:
+                y = y % 9                                   # all in the first process
+            yield x.detach(), W.detach(), y, sizes, dict(classes=31, s=16.0, m=0.2, base=base, penalty=VARIANTS[name])
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_sharded_head_equals_the_whole(ranks, tmp_path):
+    wholes, what = [], []
+    for x, W, y, sizes, how in jobs():
+        sizes = sizes if ranks == 3 else [sizes[0], sum(sizes[1:])]
+        what.append(dict(x=x, W=W, y=y, sizes=sizes, how=how))
+        x, W = x.clone().requires_grad_(), W.clone().requires_grad_()
+        z, seen = fpr.penalised_logits(x, W, y, How(**how))
+        loss = F.cross_entropy(z, y)
+        wholes.append((z, loss, *torch.autograd.grad(loss, (x, W)), seen))
+    fpr_child.start(ranks, tmp_path, "many", what)
+    parts = [torch.load(tmp_path / f"many-{rank}.pt") for rank in range(ranks)]
+    for job, (z, loss, d_x, d_W, seen) in enumerate(wholes):
+        mine = [part[job] for part in parts]
+        for part in mine:
+            assert abs(part["loss"] - loss) <= 1e-5
+            assert part["info"][:4] == list(seen[2:6])
+            torch.testing.assert_close(part["rho"], seen.rho)
+        torch.testing.assert_close(torch.cat([part["z"] for part in mine], 1), z, rtol=1e-5, atol=1e-4)
+        for key, whole in (("d_x", d_x), ("d_W", d_W)):
+            found = torch.cat([part[key] for part in mine])
+            assert (found - whole).abs().max() <= 1e-5 * max(1, whole.abs().max()), (job, key)
+    assert {tuple(part["d_W"].shape)[0] for part in (p[0] for p in parts)} == ({15, 16} if ranks == 2 else {10, 11})
+
+
+def test_training_with_a_sharded_head(tmp_path):
+    fpr_child.start(3, tmp_path, "fitted", dict(classes=11))
+    parts = [torch.load(tmp_path / f"fitted-{rank}.pt") for rank in range(3)]
+    whole = fpr_child.train(11)
+    for part in parts:
+        torch.testing.assert_close(part["body"], whole["body"], rtol=1e-6, atol=1e-8)
+        np.testing.assert_allclose(part["loss"], whole["loss"], rtol=1e-6)
+    torch.testing.assert_close(torch.cat([part["weight"] for part in parts]), whole["weight"], rtol=1e-6, atol=1e-8)
+    assert [len(part["weight"]) for part in parts] == [3, 4, 4]
+
+
+def test_head_on_a_device_in_bf16(device):
+    x, W, y = batch(dtype=torch.float32)
+    head = fpr.FPRHead(12, 60).to(device)
+    with torch.no_grad():
+        head.weight.copy_(W)
+    with torch.autocast(device.type, torch.bfloat16):
+        loss = head(x.detach().to(device), y.to(device))
+    z, _ = fpr.penalised_logits(x, W, y, How(60))
+    torch.testing.assert_close(loss.cpu(), F.cross_entropy(z, y), rtol=1e-4, atol=1e-4)
+    loss.backward()
+    assert torch.isfinite(head.weight.grad).all()
+
+
+def test_start_does_not_depend_on_the_processes():
+    torch.manual_seed(0)
+    whole = fpr._first_prototypes(3, 10, 0, 10, block=4)
+    torch.manual_seed(0)
+    assert torch.equal(fpr._first_prototypes(3, 10, 3, 9, block=4), whole[3:9])
+    assert 0.005 < whole.std() < 0.02
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(classes=1), "classes=1"), (dict(base="sphere"), "sphere"), (dict(penalty="strong"), "strong")])
+def test_head_refuses(change, message):
+    with pytest.raises(UserError, match=message):
+        fpr.FPRHead(**dict(dim=4, classes=5) | change)
+
+
+@pytest.mark.parametrize("change", [
+    dict(negatives="none"), dict(rate=0.0), dict(rate=1.0), dict(power=-1), dict(average="sum"), dict(detach="all")])
+def test_penalty_refuses(change):
+    with pytest.raises(UserError, match=f"penalty: {[*change][0]}"):
+        Penalty(**change)
+
+
+def test_a_class_that_does_not_exist():
+    with pytest.raises(UserError, match="0 to 4"):
+        fpr.FPRHead(3, 5)(torch.randn(2, 3), torch.tensor([1, 5]))
+
+
+def test_group_rates_by_hand():
+    scores = [0.9, 0.4, 0.6, 0.1, 0.8, 0.7, 0.2, 0.3, 0.99]
+    same = [1, 1, 0, 0, 1, 1, 0, 0, 0]
+    group = ["a"] * 4 + ["b"] * 4 + [""]                    # the last is a pair of two groups
+    rates = fpr.group_rates(scores, same, group, threshold=0.5)
+    assert rates.groups == ("a", "b") and rates.fmr.tolist() == [0.5, 0] and rates.fnmr.tolist() == [0.5, 0]
+    assert rates.pooled_fmr == 0.25 and rates.pooled_fnmr == 0.25
+    assert rates.std_fmr == 0.25 and math.isinf(rates.ratio_fmr)
+    strict = fpr.group_rates(scores, same, group, threshold=0.95)
+    assert strict.ratio_fmr == 1 and strict.std_fmr == 0 and strict.fnmr.tolist() == [1, 1]
+
+
+def test_group_rates_set_the_threshold_from_all_groups():
+    rng = np.random.default_rng(0)
+    group, same = rng.integers(3, size=6000), rng.random(6000) < 0.4
+    scores = rng.normal(2 * same + 0.3 * group)
+    rates = fpr.group_rates(scores, same, group, far=0.01)
+    below = np.sort(scores[~same])
+    assert rates.pooled_fmr <= 0.01 < (scores[~same] >= rates.threshold).mean() + 1 / len(below)
+    assert rates.groups == ("0", "1", "2") and (np.diff(rates.fmr) > 0).all()
+    assert abs(rates.ratio_fmr - rates.fmr[2] / rates.fmr[0]) < 1e-12
+    with pytest.raises(UserError, match="FAR 0.0001"):
+        fpr.group_rates(scores, same, group, far=1e-4)
+    with pytest.raises(UserError, match="group 1: 0 genuine"):
+        fpr.group_rates(scores, same & (group != 1), group, far=0.01)
+    with pytest.raises(UserError, match="not finite"):
+        fpr.group_rates(np.where(np.arange(6000) == 3, np.nan, scores), same, group)
+    with pytest.raises(UserError, match="one of each"):
+        fpr.group_rates(scores[1:], same, group)
+
+
+def test_benchmark_has_its_rows():
+    rows = fpr.benchmark(batch=8, classes=300, dim=16, repeats=1)
+    assert [row["row"] for row in rows][-1] == "CosFace + FPR" and rows[0]["over_plain"] == 1
+    assert all(0 < row["seconds"] < 60 for row in rows)
