@@ -361,8 +361,12 @@ def apply(chapter: str,
     text = lambda x: ("" if x is None else f"{x:.3f}" if isinstance(x, float)
                       else json.dumps(x) if isinstance(x, list | dict)
                       else str(x))
+    score = next((n for n in names if any(
+        isinstance(row.get(n), float) for row in rows)), None)
+    ranked = sorted(rows, key=lambda row: -row[score] if isinstance(
+        row.get(score), float) else float("inf"))
     _say_table(names, [tuple(text(row.get(n))[:60] for n in names)
-                       for row in rows])
+                       for row in ranked])
     typer.echo(f"in {folder}")
     if all("error" in row for row in rows):
         raise typer.Exit(2)
