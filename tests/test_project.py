@@ -88,7 +88,7 @@ def test_headings_do_not_jump_and_titles_are_single():
 
 
 def test_a_light_import(tmp_path):
-    heavy = ("matplotlib", "dlib", "cv2", "sklearn", "accelerate", "tensorboard", "torchmetrics", "papermill", "nbdev")
+    heavy = ("matplotlib", "dlib", "cv2", "sklearn", "accelerate", "tensorboard", "papermill", "nbdev")
     names = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in MODULES if p.stem != "cli"]
     code = ("import sys, importlib\nimport facebook_nb\nassert 'torch' not in sys.modules\n"
             f"for name in {names}:\n importlib.import_module(name)\n"
