@@ -321,7 +321,8 @@ def progress(iterable=None, total: int | None = None, label: str = ""):
         from tqdm import tqdm
 
         return tqdm(iterable, file=open(where, "w"), **options)
-    if where != "0" and "ipykernel" in sys.modules:
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if where != "0" and hasattr(shell, "kernel"):
         from tqdm.auto import tqdm
 
         return tqdm(iterable, **options)

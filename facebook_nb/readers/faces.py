@@ -765,6 +765,8 @@ def extract(archive: str | Path, folder: str | Path) -> Path:
     try:
         with opened(archive) as file:
             members = list(_members(file))
+            if not members:
+                raise UserError(f"{archive}: an empty archive")
             if bad := list(_refused(members)):
                 more = ", …" if len(bad) > 3 else ""
                 raise UserError(
@@ -790,7 +792,8 @@ def extract(archive: str | Path, folder: str | Path) -> Path:
             folder.rmdir()
         os.replace(part, folder)
     except damaged as error:
-        raise UserError(f"{archive}: not unpacked ({error})") from None
+        reason = (str(error).splitlines() or [repr(error)])[0].rstrip(": ")
+        raise UserError(f"{archive}: not unpacked ({reason})") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder

@@ -38,6 +38,9 @@ class VideoFile:
 
         with self._open() as file:
             stream = file.streams.video[0]
+            if not getattr(stream, "width", 0):
+                raise UserError(f"{path}: its pictures are of a kind that "
+                                "cannot be decoded; is it damaged?")
             self.size = stream.width, stream.height
             pts = []
             try:
@@ -389,19 +392,30 @@ def read_something(root: str | Path, split: str) -> ClipList:
             root / f"{base}-labels.csv").splitlines() if x.strip())
         rank = {name: i for i, name in enumerate(classes)}
         rows = list(csv.reader(
-            _text(root / f"{base}-{split}.csv").splitlines(), delimiter=";"))
+            _text(listed := root / f"{base}-{split}.csv").splitlines(),
+            delimiter=";"))
+        if not all(rows):
+            raise UserError(f"{listed}: holds an empty line")
         paths = [root / f"20bn-{base}" / row[0] for row in rows]
         names = [row[1].strip() if len(row) > 1 else "" for row in rows]
     else:
         base = "something-something-v2"
-        rank = {k: int(v) for k, v in
-                read_json(root / f"{base}-labels.json").items()}
+        labels = root / f"{base}-labels.json"
+        try:
+            rank = {k: int(v) for k, v in read_json(labels).items()}
+        except (AttributeError, TypeError, ValueError):
+            raise UserError(f"{labels}: not a mapping from label texts to "
+                            "numbers") from None
         classes = sorted(rank, key=rank.get)
-        rows = read_json(root / f"{base}-{split}.json")
+        rows = read_json(listed := root / f"{base}-{split}.json")
+        if not isinstance(rows, list) or not all(
+                isinstance(r, dict) and "id" in r for r in rows):
+            raise UserError(f"{listed}: not a list of objects with an id")
         unpacked = root / f"20bn-{base}-frames"
         paths = [unpacked / str(r["id"]) if unpacked.is_dir() else
                  root / f"20bn-{base}" / f"{r['id']}.webm" for r in rows]
-        names = [re.sub(r"[\[\]]", "", r.get("template", "")) for r in rows]
+        names = [re.sub(r"[\[\]]", "", str(r.get("template", "")))
+                 for r in rows]
     for name in names:
         if name not in rank:
             raise UserError(f"{root}: {base}-{split} has the label {name!r}, "
@@ -424,9 +438,13 @@ def read_kinetics(root: str | Path, split: str) -> ClipList:
     classes = sorted({row["label"] for row in rows})
     rank = {name: i for i, name in enumerate(classes)}
     paths = []
-    for r in rows:
-        stem = (f"{r['youtube_id']}_{int(float(r['time_start'])):06d}_"
-                f"{int(float(r['time_end'])):06d}")
+    for number, r in enumerate(rows, 2):
+        try:
+            begin, end = int(float(r["time_start"])), int(float(r["time_end"]))
+            stem = f"{r['youtube_id']}_{begin:06d}_{end:06d}"
+        except (TypeError, ValueError, OverflowError):
+            raise UserError(f"{root}/{split}.csv: line {number}: time_start "
+                            "and time_end are not both numbers") from None
         place = root / split / r["label"].replace(" ", "_") / stem
         paths.append(place if place.is_dir() else
                      place.with_name(stem + ".mp4"))
