@@ -1,5 +1,7 @@
-"""The penalised head: fast equals literal, sharded equals whole, edge cases, group rates."""
+"""The head: fast equals literal, sharded equals whole; group rates; the experiment; lists of pairs; full scale."""
+import csv
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from facebook_nb import fpr
-from facebook_nb.files import UserError
-from facebook_nb.fpr import PENALTIES, How, Penalty
+from facebook_nb.experiment import Claim, Report
+from facebook_nb.files import UserError, read_json, read_weights, write_image
+from facebook_nb.fpr import MATCHED, OURS, PENALTIES, Config, How, Penalty
+from facebook_nb.models.backbones import SmallResNet
 from tests import fpr_child
 
 
@@ -234,3 +238,197 @@ def test_benchmark_has_its_rows():
     rows = fpr.benchmark(batch=8, classes=300, dim=16, repeats=1)
     assert [row["row"] for row in rows][-1] == "CosFace + FPR" and rows[0]["over_plain"] == 1
     assert all(0 < row["seconds"] < 60 for row in rows)
+
+
+# --- the experiment
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    config = Config.preset("smoke", out_dir=tmp_path_factory.mktemp("fpr") / "run", people=(4, 4, 3, 3), trunk_people=2,
+                           trunk_steps=3, steps=4, batch_size=16)
+    return config, fpr.run(config)
+
+
+def test_a_run_resumes_and_leaves_its_parts(smoke):
+    config, report = smoke
+    assert {OURS, MATCHED, fpr.ORACLE} < set(report.metrics)
+    assert report.mean(fpr.ORACLE, "ratio of FMR") == 1                     # by construction
+    assert abs(report.mean(OURS, "margin") - report.mean(MATCHED, "margin")) < 1e-6
+    assert report.mean(OURS, "margin") > report.mean("CosFace", "margin") == config.m
+    again = fpr.run(config)
+    assert again.metrics == report.metrics
+    assert "top.0.weight" in read_weights(config.out_dir / "weights.safetensors")
+
+
+def test_rows_share_start_and_batches():
+    """A margin added in every step is a CosFace with this margin."""
+    config = Config.preset("smoke", steps=4, batch_size=8)
+    crowd = fpr.Crowd(None, np.arange(20) % 5, np.arange(20) % 5 % 4)
+    features = torch.randn(20, 2, 32, generator=torch.Generator().manual_seed(0))
+    a = fpr.train_top(config, features, crowd, 3, "cosface", None, 0.3)
+    b = fpr.train_top(config, features, crowd, 3, "cosface", None, 0.2, [0.1] * 4)
+    c = fpr.train_top(config, features, crowd, 3, "cosface", None, 0.2)
+    np.testing.assert_allclose(a[1].losses["loss"], b[1].losses["loss"], rtol=1e-5)
+    assert abs(np.array(a[1].losses["loss"]) - c[1].losses["loss"]).max() > 0.1
+
+
+@pytest.mark.parametrize("ours, tar, holds", [
+    ([0.5, 0.4], [80, 84], True),           # narrower in both, TAR as it was
+    ([0.5, 0.7], [80, 84], False),          # wider in one
+    ([0.5, 0.4], [75, 79], False),          # TAR lost
+])
+def test_the_rule_of_the_claim(ours, tar, holds):
+    metrics = {OURS: {"std of FMR": ours, "TAR": tar}, MATCHED: {"std of FMR": [0.6, 0.6], "TAR": [80, 84]}}
+    claim = fpr.judge_claim(Report("fpr", "book", [0, 1], metrics, Claim("", False, ""), 0.0))
+    assert claim.holds is holds and "std of the groups' FMR" in claim.effect
+
+
+def test_persons_and_gini():
+    e = F.normalize(torch.tensor([[1.0, 0], [1, 0.1], [1, 0.05], [0, 1], [0.2, -1], [0, 1]]), dim=1)
+    pairs = fpr.inside_pairs(e, np.array([0, 0, 1, 1, 2, 2]), np.array([0, 0, 0, 0, 1, 1]))
+    assert len(pairs.scores) == 6 + 1 and set(pairs.group) == {"0", "1"}
+    strangers = ~pairs.same
+    rates = fpr.person_rates(pairs.scores[strangers] > 0.9, pairs.i[strangers], pairs.j[strangers], 3)
+    assert rates.tolist() == [0.5, 0.5, 0]
+    assert fpr.gini(np.zeros(5)) == 0 and abs(fpr.gini(np.array([1, 2, 3])) - 2 / 9) < 1e-12
+
+
+# --- lists of pairs
+
+def write_table(path, rows, head=("image1", "image2", "same", "group")):
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([head, *rows])
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two groups of five people with five pictures, and a table of all pairs; two of its pictures are damaged."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    names = []
+    for g in "ab":
+        for p in range(5):
+            face = rng.integers(0, 256, (8, 8, 3)).repeat(14, 0).repeat(14, 1)
+            for k in range(5):
+                image = face * 0.8 + rng.integers(0, 50, (112, 112, 3))
+                write_image(root / f"{g}{p}-{k}.png", image.astype(np.uint8))
+                names.append(f"{g}{p}-{k}.png")
+    (root / "b4-4.png").write_bytes(b"nothing")
+    (root / "a0-0.png").unlink()
+    rows = [(x, y, int(x[:2] == y[:2]), x[0] if x[0] == y[0] else "") for i, x in enumerate(names) for y in names[:i]]
+    return write_table(root / "pairs.csv", rows)
+
+
+def test_apply_judges_groups_and_names_damaged_pictures(smoke, pictures, tmp_path):
+    rows = fpr.apply([pictures, tmp_path / "gone.csv"], smoke[0].out_dir / "weights.safetensors", tmp_path / "out")
+    first, *errors = rows
+    assert {row["input"] for row in errors} == {"a0-0.png", "b4-4.png", str(tmp_path / "gone.csv")}
+    assert all("error" in row for row in errors) and "error" not in first
+    assert set(first["groups"]) == {"a", "b"} and first["groups"]["a"]["impostor_pairs"] == 250 - 20
+    rates = [g["fmr"] for g in first["groups"].values()]
+    assert abs(first["std_fmr"] - np.std(rates)) < 1e-6 and first["pairs"] == 2 * (300 - 24)
+    assert first["fmr"] <= fpr.report_rate(460) == 0.1
+    assert read_json(tmp_path / "out" / "results.json") == rows
+    assert (tmp_path / "out" / first["picture"]).stat().st_size > 1000
+
+
+def test_apply_takes_scores_as_they_are(tmp_path):
+    rng = np.random.default_rng(1)
+    same, group = rng.random(4000) < 0.3, rng.choice(["x", "y", ""], 4000)
+    score = np.round(rng.normal(2.0 * same), 3)
+    table = write_table(tmp_path / "s.csv", zip(score, same.astype(int), group), ("score", "same", "group"))
+    [row] = fpr.apply([table])
+    far = 1e-2
+    expected = fpr.group_rates(score, same, group, far)
+    assert row["threshold"] == expected.threshold and row["std_fmr"] == expected.std_fmr
+    assert abs(row["groups"]["y"]["fnmr"] - expected.fnmr[1]) < 1e-6
+    bfw = write_table(tmp_path / "bfw.csv", zip(score, same.astype(int), group, np.where(group == "", "z", group)),
+                      ("score", "label", "att1", "att2"))
+    assert fpr.apply([bfw])[0]["std_fmr"] == row["std_fmr"]                 # names as BFW has them
+
+
+@pytest.mark.parametrize("text, message", [
+    ("image1,same\na,1\n", "no column group, image2"),
+    ("score,same,group\n1,maybe,x\n", "line 2: column same is 'maybe'"),
+    ("score,same,group\nhigh,1,x\n", "not a table"), ("score,same,group\n", "no pairs"),
+    ("score,same,group\n0.5,1,x\n0.4,0,x\n", "1 impostor pairs"), ("", "no column same"),
+])
+def test_tables_that_cannot_be_used(text, message, tmp_path):
+    (tmp_path / "t.csv").write_text(text)
+    [row] = fpr.apply([tmp_path / "t.csv"])
+    assert message in row["error"]
+
+
+def test_a_pickle_is_not_opened(tmp_path):
+    (tmp_path / "t.pkl").write_bytes(b"x")
+    assert "can run programs" in fpr.apply([tmp_path / "t.pkl"])[0]["error"]
+
+
+# --- full scale
+
+RACES = ("African", "Asian", "Caucasian", "Indian")
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    """A training set, RFW's lists and BFW's table in their layouts, with few pictures."""
+    root, rng = tmp_path_factory.mktemp("stored"), np.random.default_rng(0)
+
+    def faces(folder, people, each, name):
+        for p in range(people):
+            for k in range(1, each + 1):
+                write_image(root / folder / name.format(p=p, k=k), rng.integers(0, 256, (112, 112, 3), np.uint8))
+
+    (root / "train").mkdir()
+    for race in RACES[:2]:
+        faces(f"train/race_per_7000/{race}", 3, 2, "m.{p}/{k}.jpg")
+    lists = []
+    for race in RACES:
+        faces(f"rfw/data/{race}", 4, 3, "m.{p}/m.{p}_{k:04d}.jpg")
+        every = [(p, k) for p in range(4) for k in range(1, 4)]
+        lines = [f"m.{a}\t{i}\t{j}" if a == b else f"m.{a}\t{i}\tm.{b}\t{j}"
+                 for n, (a, i) in enumerate(every) for b, j in every[:n]]
+        folder = root / "rfw" / "txts" / race
+        folder.mkdir(parents=True)
+        (folder / f"{race}_pairs.txt").write_text("\n".join(rng.permutation(lines)))
+        lists += lines
+    rows = []
+    for att in ("AF", "WM"):
+        faces(f"bfw/{att}", 5, 3, "{p}/{k}.jpg")
+        names = [f"{att}/{p}/{k}.jpg" for p in range(5) for k in range(1, 4)]
+        rows += [(1, a, b, int(a[:4] == b[:4]), att, att) for n, a in enumerate(names) for b in names[:n]]
+    write_table(root / "bfw" / "table.csv", rows,
+                ("fold", "p1", "p2", "label", "att1", "att2"))
+    return root
+
+
+SETTINGS = dict(network="tiny", batch_size=6, epochs=1, workers=0)
+
+
+def test_the_full_preset_runs_on_the_real_formats_with_one_process_and_two(stored, tmp_path, monkeypatch):
+    assert fpr.check_data(stored).usable and "RFW" in str(fpr.check_data(stored))
+    monkeypatch.setitem(fpr.NETWORKS, "tiny", lambda: SmallResNet(512, 2, 112))
+    config = Config.preset("full", data_root=stored, out_dir=tmp_path / "one", **SETTINGS)
+    report = fpr.run(config)
+    assert [*report.metrics] == [OURS, "CosFace", MATCHED]
+    assert {"RFW African", "BFW WM", "TAR", "std of accuracy"} < set(report.metrics[OURS])
+    assert (tmp_path / "one" / "weights.safetensors").is_file()
+    assert fpr.run(config).metrics == report.metrics                        # nothing is trained again
+    fpr_child.start(2, tmp_path, "full", dict(root=stored, out=tmp_path / "two",
+                                              settings=SETTINGS | dict(rows=(OURS,))))
+    two = [torch.load(tmp_path / f"full-{rank}.pt") for rank in range(2)]
+    assert two[0] == two[1] and [*two[0]] == [OURS]
+    assert list((tmp_path / "two" / "row0" / "checkpoints").glob("step-*.safetensors"))
+
+
+def test_full_lists_what_is_missing(stored, tmp_path):
+    (tmp_path / "train" / "ann").mkdir(parents=True)
+    with pytest.raises(UserError, match="missing rfw with RACE_test.bin.*network 'huge'"):
+        fpr.run(Config.preset("full", data_root=tmp_path, network="huge"))
+    with pytest.raises(UserError, match="needs a folder"):
+        fpr.run(Config.preset("full"))
+    report = fpr.check_data(tmp_path)
+    assert not report.usable and "missing: rfw" in str(report) and "no images in folders" in str(report)
+    assert fpr.check_data(stored / "rfw").usable and fpr.check_data(stored / "bfw").usable
+    with pytest.raises(UserError, match="needs 'CosFace"):
+        fpr.run(replace(Config.preset("full", data_root=stored, rows=(MATCHED,)), out_dir=tmp_path / "r"))
