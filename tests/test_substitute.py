@@ -99,7 +99,7 @@ def test_imitation_in_its_three_forms():
 
 
 @pytest.mark.parametrize("condition", ["norm", "concat", "branches"])
-@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 64)])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 64), (1, 5, 4), (3, 30, 41)])
 def test_generator_shapes(condition, shape):
     g = sub.Generator(shape, 3, 4, 5, condition)
     x = g(torch.randn(6, 5), torch.arange(3).repeat_interleave(2))
@@ -177,6 +177,63 @@ def test_boundary_images_leave_the_student_as_it_was():
     assert abs((control - x).abs().max() - (near - x).abs().max()) < 1e-6      # the radius is the same draw
 
 
+def test_success_by_hand():
+    door = sub.Door(bright, 2, 0)
+    light, dark = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
+    y, answered = torch.tensor([1, 1, 0, 0]), torch.tensor([1, 1, 0, 1])    # the last is wrong from the start
+    adv = torch.cat([dark, light, light, dark])
+    assert abs(sub.fooled(door, adv, y, answered) - 2 / 3) < 1e-6
+    goal = torch.tensor([0, 0, 1, 0])
+    assert abs(sub.fooled(door, adv, y, answered, goal) - 3 / 4) < 1e-6
+    assert np.isnan(sub.fooled(door, adv, 1 - answered, answered)) and door.spent == 0
+
+
+def test_carlini_wagner_reaches_a_goal():
+    s, x = linear(1), torch.rand(10, 1, 4, 4) * 0.4 + 0.3
+    goal = (s(x).argmax(1) + 1) % 3
+    adv = sub.carlini_wagner(s, x, goal, True, rounds=6, steps=60, rate=0.05)
+    assert (s(adv).argmax(1) == goal).all() and 0 <= adv.min() and adv.max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["activations", "cosine"])
+def test_one_perturbation_for_all(kind):
+    torch.manual_seed(0)
+    s, x = sub.network("small", (1, 8, 8), 3).eval(), torch.rand(20, 1, 8, 8)
+    start = sub.universal(s, x, 0.2, kind, generator(0), 0)
+    found = sub.universal(s, x, 0.2, kind, generator(0))
+    assert found.shape == (1, 8, 8) and found.abs().max() <= 0.2 + 1e-6
+    if kind == "activations":
+        score = lambda d: s[:3](d[None]).norm().log() + s[:6](d[None]).norm().log()
+    else:
+        score = lambda d: -F.cosine_similarity(s((x + d).clamp(0, 1)), s(x)).mean()
+    assert score(found) > score(start)
+    assert not any(m._forward_hooks for m in s.modules()) and all(w.grad is None for w in s.parameters())
+
+
+def test_verdicts_of_a_perfect_substitute():
+    config = sub.Config.preset("book", **SMALL)
+    dreams = sub.Dreams(sub.ROWS["DDG + AST"], (1, 4, 4), 3, config)
+    s = linear()
+    found = sub.verdicts(s, dreams, sub.Door(s, 3, 0), config, 0, "adversarial")
+    assert found["wrong at x"] == found["wrong nearby"] == 0 and found["moves T"] == found["moves S"] > 0.2
+    assert (found["said"][..., 0] == found["said"][..., 1]).all() and found["pairs"].shape == (20, 2, 1, 4, 4)
+    fixed = sub.Door(lambda x: np.eye(3)[np.zeros(len(x), int)], 3, 0)
+    found = sub.verdicts(s, dreams, fixed, config, 0, "random")
+    assert found["moves T"] == 0 and found["wrong at x"] > 0
+
+
+def test_training_on_attacks_hardens_a_target():
+    config = sub.Config.preset("book", target_steps=150)
+    data = sub.split(sub.read_data("digits", None), config, 0)
+    x, y = data["test"]
+    left = {}
+    for name in ("cnn", "hardened"):
+        target = sub.make_target(name, *data["target"], 10, config, 0)
+        adv = sub.sign_attack(target, x, y, 0.2, 0.05, 8)
+        left[name] = (target(adv).argmax(1) == y).float().mean()
+    assert left["hardened"] > left["cnn"] + 0.1
+
+
 def test_one_backward_pass_augments_as_many_did():
     s, x, y = linear(), torch.rand(5, 1, 4, 4), torch.tensor([0, 1, 2, 1, 0])
     one_by_one = []
@@ -235,14 +292,17 @@ def test_every_row_keeps_to_its_budget(row, device):
     door = sub.Door(lambda x: asked.append(len(x)) or bright(x), 2, 50, sub.ROWS[row].access)
     seen = []
     images = torch.rand(30, 1, 8, 8)
-    student, store, _ = sub.steal(sub.ROWS[row], door, (1, 8, 8), config, 0, images, None, lambda q, s: seen.append(q))
-    assert sum(asked) == door.spent <= 50 and len(seen) == 2
+    student, store, _ = sub.steal(
+        sub.ROWS[row], door, (1, 8, 8), config, 0, images, None, lambda q, *_: seen.append(q))
+    assert sum(asked) == door.spent <= 50 and len(seen) == 1 and 20 <= seen[0] <= 50
     assert door.spent == (30 if row == "real images" else 50)
     assert not student.training and store.seen <= door.spent
 
 
 def test_a_run_repeats_resumes_and_reports(tmp_path):
-    over = dict(SMALL, rows=("DaST-like", "DDG", "DDG + AST", "DDG + random ε"), targets=("cnn", "forest"))
+    over = dict(
+        SMALL, rows=("DaST-like", "DDG", "DDG + AST", "DDG + random ε", "real images"), targets=("cnn", "forest"),
+        students=("mlp",), hard_rows=("DDG",))
     one = sub.run(sub.Config.preset("smoke", out_dir=tmp_path / "a", **over))
     (tmp_path / "a" / "metrics.json").unlink()
     next((tmp_path / "a" / "steps").rglob("*AST.npz")).unlink()
@@ -250,7 +310,12 @@ def test_a_run_repeats_resumes_and_reports(tmp_path):
     assert one.metrics == again.metrics or np.testing.assert_equal(one.metrics, again.metrics) is None
     told = read_json(tmp_path / "a" / "metrics.json")
     assert told["metrics"]["DDG + AST"]["queries"]["mean"] == 60
-    assert {"random ± ε", "white box", "targets"} < set(told["metrics"])
+    assert {"random ± ε", "white box", "targets", "GD-UAP", "Cosine-UAP", "stand-in", "DDG by mlp", "hardened target",
+            "DDG, hardened", "white box, hardened"} < set(told["metrics"])
+    assert told["metrics"]["GD-UAP"]["queries"]["mean"] == 0
+    assert one.arrays["pgd by student"].shape == (2, 1, 2) and one.arrays["images DDG"].shape == (2, 10, 2, 1, 8, 8)
+    assert one.arrays["pairs DDG + AST"].shape == (20, 2, 1, 8, 8)
+    assert one.arrays["curve real images"].shape == (1, 2, 2, 3)
     assert set(read_weights(tmp_path / "a" / "weights.safetensors")) == set(
         sub.network("small", (1, 8, 8), 10).state_dict())
 

@@ -126,6 +126,32 @@ def test_a_whole_iteration(cases, form):
     assert trunk.main[1].num_batches_tracked == 10
 
 
+def test_the_released_vgg_loads():
+    """Names and shapes as the release builds them: convolution, normalisation, ReLU; halvings; three linear."""
+    plan = [64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512, 0]
+    layout, k, channels = {}, 0, 3
+    for width in plan:
+        if width:
+            layout[f"features.{k}.weight"], layout[f"features.{k}.bias"] = (width, channels, 3, 3), (width,)
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                layout[f"features.{k + 1}.{name}"] = (width,)
+            channels, k = width, k + 2
+        k += 1
+    for k, (rows, columns) in {1: (512, 512), 4: (512, 512), 6: (10, 512)}.items():
+        layout[f"classifier.{k}.weight"], layout[f"classifier.{k}.bias"] = (rows, columns), (rows,)
+    state = {"module." + k: recipe.parameter("vgg." + k, v) for k, v in layout.items()}
+    model = sub.load_official({"model": state})
+    assert isinstance(model, sub.Vgg) and not model.training
+    with torch.no_grad():
+        x = torch.rand(2, 3, 32, 32)
+        flat = model.classifier(model.features(x).flatten(1))       # the release flattens the last 1×1
+        torch.testing.assert_close(model(x), flat)
+        assert model(torch.rand(1, 3, 64, 64)).shape == (1, 10)
+    del state["module.features.40.weight"]
+    with pytest.raises(ValueError, match="features.40.weight"):
+        sub.load_official(state, "vgg16")
+
+
 def test_a_wrong_checkpoint_is_told():
     layout = json.loads((HERE / "dast_net_m.layout.json").read_text())
     state = recipe.state_dict(layout)
