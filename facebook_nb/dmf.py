@@ -5,17 +5,20 @@
 # %% auto #0
 __all__ = ['GATES', 'MEAN', 'STD', 'ROWS', 'WORLDS', 'TRAIN_SCRIPTS', 'TEST_SCRIPTS', 'CLAIM', 'class_maps', 'class_vectors',
            'velocity', 'integrate', 'gain', 'gain_slope', 'sampled_filter', 'MetaFilter', 'score_maps', 'DMF',
-           'literal_scores', 'episode_loss', 'block_mask', 'ResidualBlock', 'ResNet12', 'Conv4', 'authors_rate',
-           'load_official', 'fixed_episodes', 'Episodes', 'normalised', 'augmented', 'Config', 'quarter_turns',
-           'world_splits', 'check_data', 'ProtoNet', 'build', 'pretrain', 'train_row', 'features', 'evaluate',
-           'interval', 'judge', 'run_row', 'run', 'restore', 'apply']
+           'literal_scores', 'benchmark', 'episode_loss', 'block_mask', 'ResidualBlock', 'ResNet12', 'Conv4',
+           'authors_rate', 'load_official', 'fixed_episodes', 'Episodes', 'normalised', 'augmented', 'Config',
+           'quarter_turns', 'world_splits', 'check_data', 'ProtoNet', 'build', 'pretrain', 'train_row', 'features',
+           'evaluate', 'interval', 'judge', 'run_row', 'run', 'restore', 'apply']
 
 # %% ../nbs/chapters/dmf.ipynb #imports
 import math
+import os
 import random
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -46,11 +49,14 @@ def class_maps(support: Tensor, labels: Tensor) -> Tensor:
     return torch.einsum("bmn,bmchw->bnchw", share, support)
 
 # %% ../nbs/chapters/dmf.ipynb #class_vectors
-def class_vectors(s: Tensor) -> Tensor:
+def class_vectors(s: Tensor, loud: bool = False) -> Tensor:
     """w: (…, C), mean over positions of class maps s (…, C, h, w).
 
-    Each position is given unit length first, so w is at most that long.
+    Each position is given unit length first, so w is at most that long;
+    loud: the mean is taken as it is, and then given unit length.
     """
+    if loud:
+        return F.normalize(s.mean((-2, -1)), dim=-1, eps=1e-12)
     return F.normalize(s, dim=-3, eps=1e-12).mean((-2, -1))
 
 # %% ../nbs/chapters/dmf.ipynb #velocity
@@ -144,14 +150,16 @@ def sampled_filter(s: Tensor, o: Tensor, weight: Tensor) -> Tensor:
     g, q = weight.shape[0], o.shape[2]
     rows = weight.permute(2, 3, 0, 1).reshape(9 * g, c, 1, 1)
     maps = F.conv2d(s.flatten(0, 1), rows).unflatten(1, (9, g))
-    y = torch.arange(h, device=s.device, dtype=s.dtype)[:, None]
-    x = torch.arange(w, device=s.device, dtype=s.dtype)
+    t, size = torch.arange(9, device=s.device), s.new_tensor([w, h])
+    place = torch.stack(torch.broadcast_tensors(
+        torch.arange(w).to(t) + (t % 3 - 1)[:, None, None],
+        torch.arange(h).to(t)[:, None] + (t // 3 - 1)[:, None, None]), -1)
+    at = o.unflatten(3, (9, 2)).permute(3, 0, 1, 2, 5, 6, 4).flip(-1)
+    at = at.add_(place[:, None, None, None]).mul_(2 / size).add_(1 / size - 1)
+    at = at.reshape(9, b * n, q * h, w, 2)  # column, row: the map is ±1
     z = None
-    for t in range(9):                      # tap by tap: a ninth of the memory
-        at = torch.stack([
-            (2 * (o[..., 2 * t + 1, :, :] + x + t % 3 - 1) + 1) / w - 1,
-            (2 * (o[..., 2 * t, :, :] + y + t // 3 - 1) + 1) / h - 1], -1)
-        one = F.grid_sample(maps[:, t], at.reshape(b * n, q * h, w, 2),
+    for tap, where in enumerate(at):        # tap by tap: a ninth of the memory
+        one = F.grid_sample(maps[:, tap], where,
                             align_corners=False)     # (b n, g, Q h, w)
         z = one if z is None else z.add_(one)
     return z.view(b, n, g, q, h, w).transpose(2, 3)
@@ -258,14 +266,15 @@ class _Gated(torch.autograd.Function):
 
 # %% ../nbs/chapters/dmf.ipynb #score_maps
 def score_maps(x: Tensor, s: Tensor, z: Tensor | None,
-               kind: str = "rk4") -> Tensor:
+               kind: str = "rk4", loud: bool = False) -> Tensor:
     """Scores of all pairs at every position, never forming an aligned map.
 
     x: (b, Q, C, h, w), query maps; s: (b, n, C, h, w), class maps; z: gates
     before the sigmoid, (b, n, Q, g, h, w), None for no alignment; kind: see
-    `gain`. Returns (b, Q, n, h, w). Source: eq. dmf-regroup.
+    `gain`; loud: see `class_vectors`. Returns (b, Q, n, h, w). Source: eq.
+    dmf-regroup.
     """
-    v = class_vectors(s)                                         # (b, n, C)
+    v = class_vectors(s, loud)                                   # (b, n, C)
     scores = torch.einsum("bqchw,bnc->bnqhw", x, v)
     if z is not None:
         scores = scores + _Gated.apply(x, v, z, kind)
@@ -278,16 +287,15 @@ class DMF(nn.Module):
     base: images (N, 3, H, W) -> maps (N, C, h, w), C being `channels`;
     classes: of the global classifier; groups, kernel, gate, sampling: see
     `MetaFilter`; kind: see `gain`; border: zeros around the score map, the
-    authors' 1; global_on: the classifier sees "raw" query maps, or "aligned"
-    ones (with the true class), as the paper draws it.
+    authors' 1; loud: see `class_vectors`.
     """
 
     def __init__(self, base, channels=640, classes=64, groups=64, kernel=5,
                  gate="full", sampling=True, kind="rk4", border=1,
-                 global_on="raw"):
+                 loud=False):
         super().__init__()
         self.base, self.kind, self.border = base, kind, border
-        self.global_on = global_on
+        self.loud = loud
         self.dw_gen = MetaFilter(channels, groups, kernel, gate, sampling)
         self.global_clasifier = nn.Conv2d(channels, classes, 1)
 
@@ -295,7 +303,7 @@ class DMF(nn.Module):
         """Score maps (b, Q, n, h, w) from query maps and class maps."""
         gated = self.dw_gen.gate != "none"
         return score_maps(x, s, self.dw_gen(x, s) if gated else None,
-                          self.kind)
+                          self.kind, self.loud)
 
     def scores(self, x: Tensor, s: Tensor) -> Tensor:
         """Class scores (b, Q, n): the mean of the score map."""
@@ -348,8 +356,54 @@ def literal_scores(model: DMF, x: Tensor, s: Tensor) -> Tensor:
     z = torch.einsum("ncthw,gct->nghw", columns,
                      head.kernel_conv.weight.flatten(2))
     x_hat = integrate(x, z.sigmoid())
-    scores = torch.einsum("nchw,nc->nhw", x_hat, class_vectors(s))
+    scores = torch.einsum("nchw,nc->nhw", x_hat, class_vectors(s, model.loud))
     return scores.view(b, q, n, h, w)
+
+# %% ../nbs/chapters/dmf.ipynb #benchmark
+@contextmanager
+def _profiled():
+    """The CPU profiler, whose C++ side would write two lines to stderr."""
+    from torch.profiler import ProfilerActivity, profile
+
+    kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        with profile(activities=[ProfilerActivity.CPU],
+                     profile_memory=True) as seen:
+            yield seen
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(null)
+
+
+def benchmark(shot: int = 1, queries: int = 6, way: int = 5,
+              channels: int = 640, groups: int = 64, side: int = 11) -> dict:
+    """The head forward and backward, fast and literal, on one CPU episode.
+
+    Returns {"fast": (seconds of processor time, peak bytes), "literal": …}.
+    """
+    draw = lambda n: torch.randn(1, n, channels, side, side,
+                                 requires_grad=True)
+    seed_everything(0)
+    model = DMF(nn.Identity(), channels, 2, groups)
+    support, x = draw(way * shot), draw(way * queries)
+    labels = torch.arange(way).repeat_interleave(shot)[None]
+    forms = {"fast": model.maps,
+             "literal": lambda x, s: literal_scores(model, x, s)}
+    found = {}
+    for name in ("fast", "fast", "literal"):    # the first call warms up
+        with _profiled() as seen:
+            began = time.process_time()
+            maps = forms[name](x, class_maps(support, labels))
+            maps.square().sum().backward()
+            seconds = time.process_time() - began
+            del maps
+        changes = sorted((e.start_ns(), e.nbytes())
+                         for e in seen.profiler.kineto_results.events()
+                         if e.name() == "[memory]")
+        found[name] = (seconds, int(np.cumsum([b for _, b in changes]).max()))
+    return found
 
 # %% ../nbs/chapters/dmf.ipynb #losses
 def episode_loss(scores: Tensor, maps: Tensor, pids: Tensor,
@@ -625,9 +679,13 @@ ROWS = {
     "gate over positions": {"groups": 1},
     "gate over channels": {"gate": "channels"},
     "no offsets": {"sampling": False},
-    "one Euler step": {"kind": "euler"},
     "DMF": {},
-    "no global loss": {},       # not in the presets, for time
+    "DMF, g = 4": {"groups": 4},
+    "no gate, loud": {"gate": "none", "loud": True},
+    "DMF, loud": {"loud": True},
+    "DMF, g = 64": {"groups": 64},          # from here on in no preset,
+    "one Euler step": {"kind": "euler"},    # for time
+    "no global loss": {},
 }
 WORLDS = ("strokes", "characters")
 TRAIN_SCRIPTS = ("Latin", "Greek", "Cyrillic", "Canadian Aboriginal",
@@ -640,7 +698,7 @@ class Config(Settings):
     """The experiment's settings."""
 
     worlds: tuple[str, ...] = WORLDS    # or data sets under data_root
-    rows: tuple[str, ...] = tuple(ROWS)[:7]     # a part of ROWS
+    rows: tuple[str, ...] = tuple(ROWS)[:9]    # a part of ROWS
     few_rows: tuple[str, ...] = ("ProtoNet", "no gate", "DMF")  # see text
     backbone: Literal["conv4", "resnet12"] = "conv4"
     size: int = 32              # pixels
@@ -656,21 +714,24 @@ class Config(Settings):
     queries: int = 6            # of a class, in training
     episodes: int = 1           # a step
     pretrain: int = 300         # steps of the global loss alone
-    steps: int = 300            # of episodes, for each row
+    steps: int = 250            # of episodes, for each row
     warm: int = 0               # steps over which the rate rises
     rate: float = 1e-3
     optimiser: Literal["adamw", "sgd"] = "adamw"
     augment: bool = False
     test_episodes: int = 400
+    timed: tuple[int, ...] = (1, 5)     # shots of the head that is timed
     precision: Literal["no", "bf16"] = "no"
     checkpoint_every: int | None = None     # steps; None: no checkpoints
 
     CHAPTER: ClassVar[str] = "dmf"
     PRESETS: ClassVar = {
         "smoke": {"n_seeds": 1, "base": 8, "novel": 6, "each": 22, "limit": 6,
-                  "pretrain": 2, "steps": 2, "test_episodes": 4},
+                  "timed": (), "pretrain": 2, "steps": 2, "test_episodes": 4,
+                  "rows": ("ProtoNet", "no gate", "gate over channels",
+                           "DMF", "DMF, loud")},
         "book": {},
-        "full": {"n_seeds": 1, "worlds": ("miniimagenet",),
+        "full": {"n_seeds": 1, "timed": (), "worlds": ("miniimagenet",),
                  "rows": ("ProtoNet", "no gate", "DMF"),
                  "backbone": "resnet12", "size": 84, "groups": 64,
                  "kernel": 5, "episodes": 4, "pretrain": 0, "steps": 28500,
@@ -782,7 +843,7 @@ def _fit(config: Config, model, loss, data, steps, batch, seed, name, folder):
     keep = config.checkpoint_every
     recipe = Recipe(steps=steps, batch_size=batch, seed=seed,
                     precision=config.precision, checkpoint_every=keep,
-                    channels_last=config.precision == "bf16")
+                    channels_last=True)         # faster, on a CPU as well
     rate = lambda done: authors_rate(
         round(done * steps) + 1, steps, min(config.warm, steps))
     fit(model, loss, data, _optimiser(config, model), recipe, schedule=rate,
@@ -816,7 +877,7 @@ def pretrain(config: Config, split: Split, seed: int, folder) -> dict:
             -1, *scores.shape[2:]))
 
     if config.pretrain:
-        _fit(config, model, loss, _Labelled(split), config.pretrain, 64, seed,
+        _fit(config, model, loss, _Labelled(split), config.pretrain, 32, seed,
              f"pretrain{seed}", folder)
     return {k: v.cpu() for k, v in model.state_dict().items()
             if not k.startswith("dw_gen")}
@@ -954,6 +1015,11 @@ def run(config: Config) -> Report:
             hits.setdefault(f"{row}/{column}", []).append(found)
         model |= {k: np.asarray(v) for k, v in done.items() if "." in k}
     hits = {k: np.stack(v) for k, v in hits.items()}
+    for shot in config.timed:
+        cost = folder.step(f"benchmark/{shot}-shot",
+                           partial(benchmark, shot))
+        hits[f"benchmark/{shot}-shot"] = np.stack(
+            [cost["literal"], cost["fast"]])
     _export(config, folder.path, model)
     first = f"{worlds[0]} {config.shots[0]}-shot"
     report = Report(
