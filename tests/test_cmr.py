@@ -281,7 +281,7 @@ def test_a_mirrored_clip_changes_left_and_right(tmp_path):
     assert {cmr.VideoBatches(found, other)[0][1] for _ in range(8)} == {86}
 
 
-TINY = dict(rows=("TSN", "CMR"), clips=16, test_clips=16, steps=2)
+TINY = dict(rows=("TSN", "CMR"), clips=16, test_clips=16, steps=2, harder_clips=16)
 
 
 def test_a_run_repeats_and_resumes(tmp_path):
@@ -293,6 +293,32 @@ def test_a_run_repeats_and_resumes(tmp_path):
     saved = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert saved["chapter"] == "cmr" and set(saved["metrics"]) == {"TSN", "CMR", "single frames"}
     assert (tmp_path / "a" / "weights.safetensors").stat().st_size < 1.5e6
+
+
+def test_training_goes_from_bare_clips_to_cluttered_ones(monkeypatch):
+    config = Config.preset("smoke", clips=16, harder_clips=8, curve_clips=(16,), curve_rows=("TIM",), test_clips=8,
+                           harder_steps=3, test_clutter=(), test_shake=())
+    world, seen, real = cmr.World(config, 0), [], cmr.train
+
+    def spy(settings, network, clips, seed, folder=None):
+        seen.append((settings.steps, settings.rate, clips.frames.clone(), network.fc.weight.detach().clone()))
+        return real(settings, network, clips, seed, folder)
+
+    monkeypatch.setattr(cmr, "train", spy)
+    found = world.fit(cmr.build(config, "TIM", 8), "TIM")
+    assert [(s, r, len(f)) for s, r, f, _ in seen] == [
+        (1, config.rate, 16), (3, config.harder_rate, 16), (3, config.harder_rate, 8)]
+    assert torch.equal(seen[1][3], seen[2][3])                  # each second stage starts where the first ended
+    assert torch.equal(seen[0][2], torch.as_tensor(two_sweeps(16, 2000, "train", config.side, clutter=0).frames))
+    assert torch.equal(seen[1][2][:8], seen[2][2]) and not torch.equal(seen[0][2][:8], seen[2][2])
+    assert {"8 clips", "16 clips", "top-1"} <= set(found) and found["8 clips"] == found["top-1"]
+    assert len(found["loss"]) == 4
+
+
+def test_benchmark_counts_and_times():
+    plain, ours = cmr.benchmark(("TSN", "CMR"), T=2, side=64, repeats=1)
+    assert plain["row"] == "TSN" and 0 < plain["seconds"] and 0 < ours["seconds"]
+    assert ours["parameters"] > 1.4 * plain["parameters"] and 1.3 < ours["MMAC"] / plain["MMAC"] < 1.5
 
 
 def test_apply_on_files(tmp_path):
