@@ -1,12 +1,18 @@
 """AFSD: pooling, batched soft-NMS, the evaluator and the cutting of clips against literal forms and at their edges."""
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from facebook_nb import afsd
-from facebook_nb.files import UserError
+from facebook_nb.afsd import PLANS, ROWS, Config
+from facebook_nb.files import UserError, write_image
+from facebook_nb.worlds.motion import untrimmed, write_video
 from tests.conftest import ROOT
 
 
@@ -121,6 +127,15 @@ def test_insertion_keeps_every_frame_and_may_not_fit():
         assert sorted(done.frames) == list(range(256))
         (a, b), (c, d), (e, f) = done.pieces
         assert a < b < c < d and b < e < f < c and c - b == 7
+    for last in (255, 256):                             # an action that the clip's end cuts hides no background
+        assert afsd.insert_background([[3.5, last]], 7, 256, draw) is None
+    count = 0
+    for _ in range(200):                                # overlapping actions, halves of frames
+        seg = np.sort(rng.uniform(0, 129, (3, 2)), 1).clip(max=128)
+        done = afsd.insert_background(seg, rng.uniform(2, 9), 128, draw)
+        count += done is not None
+        assert done is None or sorted(done.frames) == list(range(128))
+    assert count > 50
     assert afsd.insert_background([[10, 20]], 7, 256, lambda n: 0) is None          # too short to cut
     assert afsd.insert_background([[0, 255]], 7, 256, lambda n: 0) is None          # no background
     assert afsd.insert_background([], 7, 256, lambda n: 0) is None
@@ -158,3 +173,387 @@ def test_load_official_names_what_is_wrong():
         afsd.load_official({k: v for k, v in state.items() if k != lost})
     with pytest.raises(UserError, match="thumos14 or anet"):
         afsd.load_official(state, "thumos")
+
+
+KERNEL = """
+import numpy as np, torch
+from facebook_nb.afsd import _table_pool, boundary_max_pool, triton_max_pool
+g = torch.Generator().manual_seed(0)
+for T, C, dtype in ((1, 2, torch.float32), (13, 6, torch.float64), (40, 130, torch.float32), (33, 4, torch.float16),
+                    (33, 4, torch.bfloat16)):
+    x = (torch.randn(2, C, T, generator=g) * 1.5).round().to(dtype)
+    S = (torch.rand(2, 5, 4, generator=g) * (T + 6) - 3).clamp(0, T - 1).long()     # some windows are empty
+    up = torch.randn(2, C, 5, generator=g).to(dtype)
+    grads = []
+    for pool in (triton_max_pool, _table_pool):
+        leaf = x.clone().requires_grad_()
+        y = pool(leaf, S)
+        assert torch.equal(y, boundary_max_pool(x, S)), (T, dtype)
+        y.backward(up)
+        grads.append(leaf.grad)
+    torch.testing.assert_close(*grads)
+x = torch.tensor([[[1.0, torch.nan, 5, 2]] * 2])
+y = triton_max_pool(x, torch.tensor([[[0, 3, 1, 3], [0, 3, 0, 3]]]))
+assert y[0, 0].tolist() == [5, 5] and y[0, 1, 0].isnan() and y[0, 1, 1] == 5
+print("equal")
+"""
+
+
+def test_triton_kernels_equal_the_table_in_value_and_gradient():
+    pytest.importorskip("triton", reason="triton is not installed")
+    env = os.environ | {"TRITON_INTERPRET": "1"}        # read when triton is imported: a process of its own
+    done = subprocess.run([sys.executable, "-c", KERNEL], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
+
+
+def test_kernels_are_used_where_x_lives_on_a_gpu():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    x, S = torch.randn(2, 512, 256), torch.rand(2, 300, 4) * 260 - 2
+    leaf, there = x.clone().requires_grad_(), x.cuda().requires_grad_()
+    y, z = afsd.boundary_max_pool(leaf, S), afsd.boundary_max_pool(there, S.cuda())
+    assert torch.equal(y, z.cpu())
+    up = torch.randn(y.shape)
+    y.backward(up), z.backward(up.cuda())
+    torch.testing.assert_close(leaf.grad, there.grad.cpu())
+
+
+def test_without_triton_the_kernels_say_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    afsd._pool_kernels.cache_clear()
+    try:
+        with pytest.raises(UserError, match="not installed"):
+            afsd.triton_max_pool(torch.zeros(1, 2, 4), torch.zeros(1, 1, 4).long())
+    finally:
+        afsd._pool_kernels.cache_clear()
+
+
+def test_other_poolings():
+    x, S = torch.randn(1, 4, 20, dtype=torch.float64), torch.tensor([[[2.0, 5, 9, 12], [-3, 2, 18, 30]]])
+    whole, centre = afsd.whole_mean_pool(x, S), afsd.centre_pool(x, S)
+    torch.testing.assert_close(whole[..., 0], x[..., 2:13].mean(-1))
+    torch.testing.assert_close(whole[..., 1], x.mean(-1))
+    assert torch.equal(centre[..., 0], x[..., 7]) and torch.equal(centre[..., 1], x[..., 14])
+
+
+def test_benchmark_holds_its_forms_equal():
+    rows = afsd.benchmark(T=32, C=8, N=20, repeats=1)
+    assert [r["form"] for r in rows][:2] == ["loop", "table"] and all(r["bytes"] > 0 for r in rows)
+
+
+SMOKE = Config.preset("smoke")
+
+
+@pytest.fixture(scope="module")
+def world():
+    return afsd.World(SMOKE, 3)
+
+
+def test_clips_of_the_world(world):
+    clips = world.training(ROWS["AFSD"])
+    torch.manual_seed(0)
+    batch = clips.__getitems__(list(range(len(clips))))
+    B = len(clips)
+    assert batch["x"].shape == (B, 48, 128) and batch["wanted"].shape == (B, 2, 256)
+    assert batch["truth"][..., :2].max() <= 1 and set(batch["truth"][..., 2].unique().tolist()) <= {0, 1, 2, 3, 4, 5}
+    assert len(batch["cut"]) == len(batch["pieces"]) > 0
+    for new in batch["cut"]:                            # a cut clip holds the columns of one of the clips, moved
+        old = min(batch["x"], key=lambda x: (x.sum(1) - new.sum(1)).abs().max())
+        assert torch.equal(new.T.unique(dim=0), old.T.unique(dim=0)) and not torch.equal(new, old)
+    a, b = batch["pieces"][:, 0], batch["pieces"][:, 1]
+    assert (a[:, 1] > a[:, 0]).all() and (b[:, 0] > a[:, 1]).all()
+    assert not len(world.training(ROWS["window max"]).__getitems__([0])["cut"])
+
+
+def test_a_row_trains_what_it_has(world):
+    def reached(row, **kw):
+        torch.manual_seed(0)
+        net = afsd.small_network(5, 8)
+        batch = world.training(ROWS[row]).__getitems__([0, 0])
+        terms = afsd.objective(net, batch, 0, ROWS[row], PLANS["small"], 3.0, **kw)
+        terms["loss"].backward()
+        return {n for n, p in net.named_parameters() if p.grad is not None and p.grad.any()}, terms
+    coarse, terms = reached("coarse", contrast=False)
+    assert not any("prop" in n or "center" in n for n in coarse) and terms["quality"] == 0
+    quality, _ = reached("+ quality", contrast=False)
+    assert any("center_head" in n for n in quality) and not any("prop_loc_head" in n for n in quality)
+    _, full = reached("AFSD", contrast=True)
+    assert full["triplet"] > 0 and full["start"] > 0
+
+
+def test_answer_leaves_out_what_a_row_has_not(world):
+    out = afsd.small_network(5, 8)(world.test_x[:1, :, :128])
+    coarse = afsd.answer(out, ROWS["coarse"])
+    assert torch.equal(coarse.refined, out.loc) and torch.equal(coarse.prop_conf, out.conf)
+    assert (coarse.center.sigmoid() == 1).all() and afsd.answer(out, ROWS["AFSD"]) is out
+
+
+class Told(torch.nn.Module):
+    """A network that says of each clip where its marked action is; x: (B, 1, F) of 0 and 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        B, frames = len(x), x.shape[2]
+        c = torch.tensor([0.5]).reshape(1, 1, 1)
+        loc, conf = torch.full((B, 1, 2), 1e-3), torch.zeros(B, 1, 2)
+        for b in range(B):
+            on = x[b, 0].nonzero()
+            if len(on):
+                loc[b, 0] = torch.tensor([frames / 2 - on.min(), on.max() + 1 - frames / 2])
+                conf[b, 0, 1] = 9.0
+            else:
+                conf[b, 0, 0] = 9.0
+        none = torch.zeros(B, 1, 2)
+        return afsd.Output(loc, conf, c, none, conf, torch.full((B, 1, 1), 9.0), *[torch.zeros(0)] * 6)
+
+
+@pytest.mark.parametrize("start", [10, 140, 300, 580])
+def test_scan_moves_windows_back_to_seconds(start):
+    signal = torch.zeros(1, 600 + 256)
+    signal[:, start:start + 15] = 1
+    times = np.arange(600) / 10
+    times[300:] += 7                                    # a pause in the recording
+    read = lambda o: signal[:, o:o + 256]
+    found = afsd.scan(Told(), read, times, PLANS["small"], ROWS["AFSD"], batch=2)
+    whole = found.segment[(found.segment - torch.tensor([times[start], times[start] + 1.5])).abs().sum(1) < 0.02]
+    assert len(whole) and (found.label == 1).all()
+    back = afsd.frames_at(afsd.seconds_at(np.array([0.0, 12.5, 300, 599, 600]), times), times)
+    np.testing.assert_allclose(back, [0, 12.5, 300, 599, 600])
+
+
+def test_scan_says_nothing_behind_the_end():
+    signal = torch.zeros(1, 256)
+    signal[:, 200:220] = 1                              # in the filling of a video of 100 frames
+    found = afsd.scan(Told(), lambda o: signal, np.arange(100) / 10, PLANS["small"], ROWS["AFSD"])
+    assert not len(found.score)
+
+
+def test_ticks_of_even_and_uneven_films():
+    class Film:
+        def __init__(self, times):
+            self.times = times
+
+        def __len__(self):
+            return len(self.times)
+    index, ticks = afsd.timeline(Film(np.arange(300) / 30), PLANS["small"])
+    assert index[:3].tolist() == [2, 5, 8] and len(index) == 100
+    index, ticks = afsd.timeline(Film(np.arange(40) / 10), PLANS["small"])
+    assert index.tolist() == list(range(40))
+    uneven = np.sort(np.concatenate([np.arange(50) / 25, 2 + np.arange(10) / 5]))
+    index, ticks = afsd.timeline(Film(uneven), PLANS["small"])
+    assert len(ticks) == 38 and (uneven[index] < ticks + 0.1).all() and (np.diff(index) >= 0).all()
+    index, _ = afsd.timeline(Film(np.arange(50) / 10), PLANS["small"], duration=10.0)      # really five a second
+    assert len(index) == 100 and index[-1] == 49
+    index, _ = afsd.timeline(Film(np.arange(3000) / 30), PLANS["anet"])
+    assert len(index) == 768
+    index, _ = afsd.timeline(Film(np.arange(30) / 30), PLANS["anet"])
+    assert index.tolist() == list(range(30))
+
+
+def test_errors_lengths_and_kinds_of_mistakes():
+    truth = {"video": np.array([0, 0, 1]), "label": np.array([1, 2, 1]),
+             "segment": np.array([[0.0, 10], [20, 60], [5, 105]])}
+    found = {"video": np.array([0, 0, 1]), "label": np.array([1, 1, 1]), "score": np.array([0.9, 0.8, 0.7]),
+             "segment": np.array([[1.0, 10], [20, 60], [0, 100]])}
+    errors = afsd.boundary_errors(truth, found)
+    assert errors[0] == 0.5 and np.isnan(errors[1]) and errors[2] == 5
+    shares = afsd.error_shares(truth, found) * 3
+    assert shares.tolist() == [2, 0, 0, 1, 0]           # the second has the place of a 2 and says 1
+    (short, middle, long), limits = afsd.ap_by_length(truth, found)
+    assert (short, middle, long) == (1, 0, 1) and 10 < limits[0] < 40 < limits[1] < 100
+    numbers, _ = afsd.measure(truth, found, 10.0)
+    assert numbers["boundary error"] == pytest.approx(27.5)
+
+
+def write_thumos(root, form):
+    """Two training videos, of which one is an array and one missing, and a test video of frames."""
+    rows = {"val": [("video_validation_1", "Diving", 1.0, 4.0), ("video_validation_1", "Ambiguous", 5, 6),
+                    ("video_validation_2", "LongJump", 0, 3)], "test": [("video_test_1", "Diving", 2.5, 6.0)]}
+    if form == "csv":
+        for split, actions in rows.items():
+            lines = ["video,type,type_idx,start,end,startFrame,endFrame"]
+            lines += [f"{v},{k},7,{a},{b},9999,99999" for v, k, a, b in actions]
+            path = root / "thumos_annotations" / f"{split}_Annotation_ours.csv"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text("\n".join(lines))
+            path.with_name(f"{split}_video_info.csv").write_text(
+                "video,fps,sample_fps,count,sample_count\nvideo_validation_1,30,10,2400,800\nvideo_test_1,25,10,250,100\n")
+    elif form == "text":
+        (root / "annotation").mkdir()
+        for split, actions in rows.items():
+            for kind in {k for _, k, _, _ in actions}:
+                (root / "annotation" / f"{kind}_{split}.txt").write_text(
+                    "".join(f"{v}  {a} {b}\n" for v, k, a, b in actions if k == kind))
+    else:
+        base = {}
+        for split, actions in rows.items():
+            for v, k, a, b in actions:
+                entry = base.setdefault(v, {"subset": {"val": "train"}.get(split, split), "annotations": []})
+                entry["annotations"].append({"segment": [str(a), str(b)], "label": k})
+        (root / "thumos_gt.json").write_text(json.dumps({"database": base}))
+    media = {"csv": root / "datasets" / "thumos14"}.get(form, root)
+    rng = np.random.default_rng(0)
+    for folder in ("validation_npy", "test"):
+        (media / folder).mkdir(parents=True)
+    np.save(media / "validation_npy/video_validation_1.npy", rng.integers(0, 256, (80, 112, 112, 3), np.uint8))
+    for i in range(100):
+        write_image(media / "test/video_test_1" / f"{i + 1:05d}.jpg", rng.integers(0, 256, (20, 24, 3), np.uint8))
+
+
+@pytest.mark.parametrize("form", ["csv", "text", "json"])
+def test_thumos14_in_three_forms(tmp_path, form):
+    write_thumos(tmp_path, form)
+    _, classes, train, test = afsd.find_data(tmp_path)
+    assert [v.name for v in train] == ["video_validation_1", "video_validation_2"] or form == "text"
+    one = next(v for v in train if v.name == "video_validation_1")
+    assert one.segments.tolist() == [[1, 4]] and classes[one.labels[0] - 1] == "Diving"
+    assert one.path.suffix == ".npy" and test[0].path.is_dir()
+    assert next(v for v in train if v.name == "video_validation_2").path is None
+    check = afsd.check_data(tmp_path)
+    assert check.usable and "1 missing, the first video_validation_2" in str(check)
+    assert "--set network=thumos14" in str(check)
+    seen = afsd.Footage(test[0].path, PLANS["thumos14"], test[0].duration)
+    clip = seen.read(0)
+    assert clip.shape == (3, 256, 96, 96) and clip.abs().max() <= 1 and not clip[:, 100:].any()
+
+
+def test_activitynet_json_with_films(tmp_path):
+    def video(subset, *actions, duration=3.0):
+        return {"subset": subset, "duration": duration, "url": "",
+                "annotations": [{"segment": [a, b], "label": k} for a, b, k in actions]}
+    base = {"aaa": video("training", (0.5, 2.5, "Surfing")), "bbb": video("validation", (1, 2, "Archery")),
+            "ccc": video("testing")}
+    path = tmp_path / "activity_net.v1-3.min.json"
+    path.write_text(json.dumps({"database": base, "taxonomy": [], "version": "VERSION 1.3"}))
+    (tmp_path / "videos").mkdir()
+    frames = np.random.default_rng(0).integers(0, 256, (75, 32, 48, 3), np.uint8)
+    write_video(tmp_path / "videos" / "v_aaa.mp4", frames, fps=25)
+    (tmp_path / "videos" / "v_bbb.mp4").write_bytes(b"no film")
+    layout, classes, train, test = afsd.find_data(tmp_path)
+    assert classes == ("Archery", "Surfing")
+    assert [v.name for v in train] == ["aaa"] and [v.name for v in test] == ["bbb"]
+    assert train[0].labels.tolist() == [2] and train[0].duration == 3
+    check = afsd.check_data(tmp_path)
+    assert not check.usable and "v_bbb.mp4: not readable" in str(check) and "network=anet" in str(check)
+    seen = afsd.Footage(train[0].path, PLANS["anet"], 3.0)
+    assert len(seen.index) == 75 and seen.read(0).shape == (3, 768, 96, 96)
+    path.write_text(json.dumps({"database": {"aaa": base["aaa"]}}))
+    with pytest.raises(UserError, match="two subsets"):
+        afsd.find_data(tmp_path)
+
+
+def test_damaged_annotations_are_named(tmp_path):
+    with pytest.raises(UserError, match="no THUMOS14 annotations.*nor is there"):
+        afsd.find_data(tmp_path)
+    write_thumos(tmp_path, "csv")
+    table = tmp_path / "thumos_annotations" / "val_Annotation_ours.csv"
+    table.write_text("video,type,start,end\nv,Diving,soon,2\n")
+    with pytest.raises(UserError, match="'soon'"):
+        afsd.find_data(tmp_path)
+    table.write_text("video,type,start,end\nv,Knitting,1,2\n")
+    with pytest.raises(UserError, match="Knitting"):
+        afsd.find_data(tmp_path)
+    table.write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="columns video, type, start, end"):
+        afsd.find_data(tmp_path)
+
+
+class Trunk(torch.nn.Module):
+    """Stands for the I3D, which takes seconds a clip."""
+
+    def __init__(self, colours):
+        super().__init__()
+        self.a, self.b = torch.nn.Conv3d(colours, 8, 1), torch.nn.Conv3d(colours, 8, 1)
+
+    def forward(self, x):
+        pool = torch.nn.functional.avg_pool3d
+        return self.a(pool(x, (4, 16, 16))), self.b(pool(x, (8, 32, 32)))
+
+
+class Tiny(afsd.AFSD):
+    """The layout of THUMOS14's network, a thousandth of its size."""
+
+    def __init__(self, network, classes, colours):
+        torch.nn.Module.__init__(self)
+        first = [afsd.block(3, 8, 16, (1, k, k), groups=4, same=False) for k in (6, 3)]
+        self.network, self.trunk = network, Trunk(colours)
+        self.detector = afsd.Detector(first, classes, c=16, groups=4)
+
+
+def test_full_preset_on_a_tiny_thumos14(tmp_path, monkeypatch):
+    write_thumos(tmp_path, "json")
+    with pytest.raises(UserError, match="data_root.*rgb_imagenet.pt"):
+        afsd.run(Config.preset("full"))
+    with pytest.raises(UserError, match="rgb_imagenet.pt: the I3D's Kinetics weights"):
+        afsd.run(Config.preset("full", data_root=tmp_path))
+    monkeypatch.setattr(afsd, "AFSD", Tiny)
+    config = Config.preset("full", data_root=tmp_path, start=None, steps=1, workers=0, out_dir=tmp_path / "out")
+    report = afsd.run(config)
+    assert set(report.metrics) == {"AFSD"} and report.claim.effect.startswith("not measured")
+    assert 0 <= report.metrics["AFSD"]["mAP 0.5"][0] <= 100
+
+
+def test_run_goes_on_where_it_stopped_and_apply_uses_its_weights(tmp_path):
+    config = replace(SMOKE, rows=("coarse", "AFSD"), out_dir=tmp_path / "run")
+    first = afsd.run(config)
+    (tmp_path / "run" / "steps" / "seed0" / "AFSD.npz").unlink()
+    again = afsd.run(config)
+    assert first.metrics == again.metrics
+    film = untrimmed(1, 0, "test", 300).frames[0]
+    film = np.kron(film, np.ones((1, 2, 2), np.uint8))
+    write_video(tmp_path / "a.mp4", film, fps=10)
+    np.save(tmp_path / "b.npy", film)
+    for i, image in enumerate(film[:40]):
+        write_image(tmp_path / "c" / f"{i:05d}.png", image[..., None].repeat(3, -1))
+    (tmp_path / "d.mp4").write_bytes(b"")
+    rows = afsd.apply([tmp_path / n for n in ("a.mp4", "d.mp4", "b.npy", "c")],
+                      tmp_path / "run" / "weights.safetensors", tmp_path / "out", least=0.02)
+    assert list(rows[0])[0] == "input" and "empty" in rows[1]["error"]
+    for row, seconds in ((rows[0], 30), (rows[2], 30), (rows[3], 40 / 12)):
+        assert row["detections"] and (tmp_path / "out" / row["timeline"]).stat().st_size > 1000
+        scores = [d["score"] for d in row["detections"]]
+        assert scores == sorted(scores, reverse=True) and len(scores) <= 100
+        assert all(0 <= d["start"] < d["end"] <= seconds + 0.11 and d["label"] in afsd.ACTIONS
+                   for d in row["detections"])
+    kept = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [r["input"] for r in kept] == [r["input"] for r in rows]
+
+
+def test_the_rule_of_the_claim():
+    def judged(coarse, mean, best):
+        metrics = {n: {"mAP 0.7": v} for n, v in
+                   (("coarse", coarse), ("window mean", mean), ("window max", best))}
+        return afsd.judge(replace(SMOKE, n_seeds=len(coarse)), metrics).holds
+    assert judged([10, 11, 12], [14, 14, 15], [15, 16, 16])
+    assert not judged([10, 11, 12], [14, 17, 15], [15, 16, 16])         # once the mean was better
+    assert not judged([10, 11, 12], [9, 9, 9], [11, 12, 13])            # a point is not enough
+    assert not judged([10, 11, 12], [9, 9, 9], [12, 12, 25])            # nor is what one seed gives
+
+
+def test_settings_name_what_is_wrong():
+    with pytest.raises(UserError, match="none of coarse"):
+        afsd.run(Config.preset("smoke", rows=("corse",)))
+    with pytest.raises(UserError, match="--set network=thumos14"):
+        afsd.run(Config.preset("full", network="small", start=None))
+
+
+def test_contrast_in_steps_of_its_own(world):
+    config = replace(SMOKE, bcl="alternate", steps=2)
+    torch.manual_seed(0)
+    net = afsd.small_network(5, 8)
+    history = afsd.train(config, net, ROWS["AFSD"], world.training(ROWS["AFSD"]), 0)
+    assert "detect/loss" in history.losses and "contrast/loss" in history.losses
+
+
+def test_losses_of_activitynet_take_one_class_and_level_ranges():
+    net = afsd.Detector([afsd.block(1, 3, 8, 3, groups=2)], 2, c=8, groups=2, stride=8, std=0.01,
+                        factors=(4, 8, 16, 32, 64, 128))
+    whole = afsd.OnFeatures(net, 3)
+    batch = {"x": torch.randn(2, 3, 96), "truth": afsd.pad_truth([[[0.1, 0.15, 7]], [[0.2, 0.9, 150]]]),
+             "wanted": torch.zeros(2, 2, 768), "cut": torch.randn(1, 3, 96),
+             "pieces": torch.tensor([[[100.0, 200], [220, 320], [201, 219]]])}
+    terms = afsd.objective(whole, batch, 0, ROWS["AFSD"], PLANS["anet"], 1.0, True)
+    assert torch.isfinite(terms["loss"]) and terms["loc"] > 0 and terms["ref_cls"] > 0
