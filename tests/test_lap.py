@@ -10,7 +10,7 @@ from facebook_nb import lap, render
 from facebook_nb.files import UserError, read_image, read_json, write_image
 from tests.conftest import data_folder
 
-TINY = {"people": 4, "batch": 2, "settle": 1, "teach": 1, "alone": 1, "branch": 2, "refine": 2, "zdim": 8}
+TINY = {"people": 4, "batch": 2, "settle": 1, "steps": 2, "refine": 2, "zdim": 8, "fit_people": 1, "fit_steps": 2}
 
 
 @pytest.fixture(scope="module")
@@ -146,26 +146,73 @@ def test_every_row_trains_and_moves_the_weights(row, world):
     config = lap.Config.preset("smoke", **TINY)
     model = lap._build(config, 0)
     before = model.netD.network[-1].weight.detach().clone()
-    history = lap.branch(model, row, world.image, config, 0)
+    history = lap.train_row(model, row, vars(world), config, 0)
     assert np.isfinite(history.losses["loss"]).all()
     assert not torch.equal(before, model.netD.network[-1].weight)
 
 
 def test_a_step_moves_shape_through_the_renderer(world):
-    config = lap.Config.preset("smoke", **TINY)
+    config = lap.Config.preset("smoke", **TINY, confident=True)
     model = lap._build(config, 0)
-    lap.set_loss(model, world.image[:, :2], config, consistency=0.5)["loss"].backward()
+    lap.set_loss(model, {"image": world.image[:, :2]}, config, consistency=0.5)["loss"].backward()
     for name in ("netD", "netA", "netL", "netV", "netC"):
         # netC's second head is for features, which smoke does without
         grads = [p.grad for k, p in getattr(model, name).named_parameters() if not k.startswith("out_net2")]
         assert all(g is not None and g.abs().sum() > 0 for g in grads), name
 
 
+def test_an_untrained_model_draws_the_ellipsoid(model, world):
+    found = lap.canonical_depth(lap.resting(32)[None])[0]
+    assert (found - lap.ellipsoid(32))[:, 2:-2].abs().max() < 0.02  # up to its mean, which canonical_depth removes
+    with torch.no_grad():
+        drawn = lap.canonical_depth(model.face(world.image)[0])
+    assert (drawn - found).abs().mean() < 0.01
+
+
+def test_sets_of_photos_keep_people_apart(world):
+    pairs = world.sets_of(2)
+    assert pairs.image.shape[:2] == (4, 2)
+    assert torch.equal(pairs.view[1], world.view[0, 2:]) and torch.equal(pairs.view[2], world.view[1, :2])
+
+
+def test_the_world_is_explained_by_its_own_light_pose_and_depth():
+    """Errors at the truth are those of sampling; with another pose they are not."""
+    sets = lap.make_sets(2, 4, 7, scene=0)
+    true = lap.front(2, 7, 32)
+    at = lambda view: lap.errors(true, torch.zeros(2, 3, 32, 32), sets.light.flatten(0, 1), view, sets)
+    right, wrong = at(sets.view.flatten(0, 1)), at(sets.view.flatten(0, 1).roll(1, 0))
+    assert right["side"].max() < 0.25 and right["mad"].max() < 5  # half an expression remains
+    assert wrong["mad"].mean() > 2 * right["mad"].mean()
+
+
+def test_a_set_shapes_a_face_that_one_photo_cannot():
+    sets = lap.make_sets(1, 4, 6)
+    one, four = (lap.measure_fit(sets, n, 40, lap.STUDIO)["mad"] for n in (1, 4))
+    assert four < 0.8 * one
+    found = lap.fit_face(sets.image, 3)  # nothing given: light and pose are found, too
+    assert [tuple(a.shape) for a in found] == [(1, 32, 32), (1, 3, 32, 32), (4, 4), (4, 6)]
+    assert found[2].abs().max() > 0 < found[3].abs().max()
+    given = lap.fit_face(sets.image, 1, sets.light, sets.view)
+    assert torch.equal(given[2], sets.light[0]) and torch.equal(given[3], sets.view[0])
+
+
+def test_what_is_given_is_not_penalised_and_teaches_its_network(world):
+    light, view = torch.rand(4, 4), torch.rand(4, 6)
+    assert lap.settled(light, view, ()) == 0 < lap.settled(light, view, ("light",))
+    config = lap.Config.preset("smoke", **TINY)
+    model = lap._build(config, 0)
+    sets = lap.draw_sets(vars(world), 2)
+    assert sets["image"].shape[:2] == (1, 2) and sets["view"].shape == (1, 2, 6)
+    lap.set_loss(model, sets, config, given=lap.STUDIO)["loss"].backward()
+    assert model.netV.network[0].weight.grad.abs().sum() > 0
+    assert model.netC.network[0].weight.grad is None
+
+
 def test_the_run_resumes(tmp_path):
     config = lap.Config.preset("smoke", out_dir=tmp_path, **TINY)
     first = lap.run(config)
     times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("steps/**/*.npz")}
-    assert len(times) == 3
+    assert len(times) == 6  # the fits and five rows
     again = lap.run(config)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("steps/**/*.npz")} == times
     assert first.metrics == again.metrics
@@ -207,7 +254,7 @@ def test_a_run_on_folders_of_photos(album):
     config = lap.Config.preset(
         "smoke", data_root=album / "people", out_dir=album / "out", photos=4, **{**TINY, "n_max": 2})
     report = lap.run(config)
-    assert {"image", "side", "mad", "mad_published"} <= report.metrics["LAP, n=1"].keys()
+    assert {"image", "side", "mad", "mad_published"} <= report.metrics["LAP, nothing given, n=1"].keys()
     assert lap.load_model(album / "out" / "weights.safetensors").size == 32
     found = lap.check_data(album / "people")
     assert not found.usable and "nobody has 6 photos" in str(found) and "2 rendered test faces" in str(found)
@@ -290,9 +337,10 @@ def test_a_person_of_orl(weights, tmp_path):
 
 
 def test_features_join_the_loss(world):
-    config = lap.Config.preset("smoke", **TINY)
+    config = lap.Config.preset("smoke", **TINY, confident=True)
     model, vgg = lap._build(config, 0), lap.VGG16().eval().requires_grad_(False)
-    with_features = lap.set_loss(model, world.image[:, :1], config, features=vgg)["loss"]
-    assert with_features != lap.set_loss(model, world.image[:, :1], config)["loss"]
+    sets = {"image": world.image[:, :1]}
+    with_features = lap.set_loss(model, sets, config, features=vgg)["loss"]
+    assert with_features != lap.set_loss(model, sets, config)["loss"]
     with_features.backward()
     assert all(p.grad is not None for p in model.netC.out_net2.parameters())
