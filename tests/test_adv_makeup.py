@@ -1,0 +1,322 @@
+"""Adv-Makeup: masks, pasting, gradients are exact; a run resumes; pictures get a note; full scale starts."""
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from facebook_nb import adv_makeup as A
+from facebook_nb.files import UserError, read_image, read_json, read_weights, write_image
+from tests.conftest import data_folder
+
+TINY = {"people": 5, "photos": 2, "lessons": 2, "strangers": 16, "sources": 2, "n_seeds": 1, "start": 2,
+        "iterations": 2, "steps": 2, "patch_steps": 2, "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def people():
+    return A.render_portraits(4, 1, seed=5)
+
+
+@pytest.fixture(scope="module")
+def src(people):
+    return A.make_sources(2 * people.images - 1, [A.orbit_68(p) for p in people.landmarks.numpy()], (40, 104), A.DROP)
+
+
+def test_the_mask_lies_around_the_eyes_and_not_on_them(people, src):
+    mask = A.frame_mask(src)[:, 0] > 0
+    share = mask.float().mean((1, 2))
+    assert ((share > 0.04) & (share < 0.11)).all()                  # the authors': 6.9 % of their pictures
+    at = people.landmarks.round().long()
+    for m, p in zip(mask, at):
+        eyes = p[[*range(36, 48)]].view(2, 6, 2).float().mean(1).round().long()
+        assert not m[eyes[:, 1], eyes[:, 0]].any()                  # on the eyeball
+        under = p[[41, 46]]
+        assert m[under[:, 1] + 5, under[:, 0]].all()                # under it
+
+
+def test_pasting_is_bilinear_and_leaves_the_rest_alone(src):
+    patch = torch.rand(4, 3, 40, 104) * 2 - 1
+    faces, boxes = A.paste(src, patch)
+    for i, (t, l, h, w) in enumerate(src.box.tolist()):
+        m = src.mask[i, :, :h, :w]
+        new = F.interpolate(patch[i:i + 1], (h, w), mode="bilinear")[0]
+        theirs = src.faces[i].clone()
+        theirs[:, t:t + h, l:l + w] = new * m + theirs[:, t:t + h, l:l + w] * (1 - m)
+        # places of up to 104 in single precision are off by up to 7e-6 of a pixel in either form
+        torch.testing.assert_close(faces[i], theirs, rtol=0, atol=2e-5)
+        torch.testing.assert_close(boxes[i, :, :h, :w], theirs[:, t:t + h, l:l + w], rtol=0, atol=2e-5)
+        assert (boxes[i] * (1 - src.inside[i]) == 0).all()
+
+
+def literal(G, src, aims, crew, eta):
+    """Equations inner and identity, line by line."""
+    rows, total = torch.arange(len(src.faces)), []
+    for k in crew.steps:
+        loss = aims[k](A.paste(src, G(src.crops))[0], rows).mean()
+        step = torch.autograd.grad(loss, G.weights, retain_graph=True)
+        faces, _ = A.paste(src, G(src.crops, [w - eta * g for w, g in zip(G.weights, step)]))
+        total += [loss, torch.stack([aims[j](faces, rows).mean() for j in crew.judges]).mean()]
+    return torch.stack(total).mean()
+
+
+@pytest.mark.parametrize("crew", [A.Crew(["a", "b"], ["c"]), A.Crew(["a"], ["b", "c"]), A.Crew(["c", "b"], ["a"])])
+def test_the_fast_identity_gradient_is_the_literal_one(src, crew):
+    torch.manual_seed(0)
+    G = A.Generator(4).train()
+    some = src.rows(slice(0, 3))
+    enrolled = torch.rand(3, 3, 150, 150) * 2 - 1
+    aims = {n: A.aim(lambda x, k=k: F.avg_pool2d(x, k).flatten(1), enrolled, dodge=n == "b")
+            for n, k in zip("abc", (25, 30, 50))}
+    slow = literal(G, some, aims, crew, 0.05)
+    theirs = torch.autograd.grad(slow, G.weights)
+    mine, value = A.identity_gradient(G, some, torch.arange(3), A.paste(some, G(some.crops))[0], aims, crew, 0.05)
+    assert abs(value - slow.item()) < 1e-5
+    largest = max(g.abs().max() for g in theirs)
+    for a, b in zip(mine, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(largest))
+
+
+def test_recognisers_get_no_gradient_and_each_is_held_out_in_turn():
+    assert [A.split(list("abc"), t).judges[0] for t in range(3)] == list("abc")
+    assert A.split(list("abcd"), 1, official=True) == (["c", "d"], ["a", "b"])
+    assert A.split(list("abc"), 1, official=True) == (["c", "a"], ["b"])
+    net = A.SmallRecogniser("squeeze").eval().requires_grad_(False)
+    loss = A.aim(net, torch.zeros(1, 3, 150, 150))
+    x = torch.rand(2, 3, 150, 150, requires_grad=True)
+    loss(x, torch.arange(2)).sum().backward()
+    assert x.grad.abs().max() > 0 and all(p.grad is None for p in net.parameters())
+
+
+def test_attacks_stay_in_their_mask_and_bound(src):
+    mask, rows = A.frame_mask(src), torch.arange(4)
+    aims = {"a": A.aim(lambda x: F.avg_pool2d(x, 25).flatten(1), torch.rand(1, 3, 150, 150))}
+    clean = A.rounded(src.faces)
+    before = aims["a"](clean, rows)
+    for name, how in A.ATTACKS.items():
+        x = A.gradient_attack(clean, rows, aims, mask, 16 / 255, 4, seed=1, **how)
+        assert ((x - clean) * (1 - mask)).abs().max() < 1e-6, name
+        assert (x - clean).abs().max() <= 32 / 255 + 1 / 127.5 and x.abs().max() <= 1, name
+        assert (aims["a"](x, rows) < before).all(), name
+        again = A.gradient_attack(clean, rows, aims, mask, 16 / 255, 4, seed=1, **how)
+        assert torch.equal(x, again)
+
+
+def test_wearables_have_the_area_asked_for(people):
+    seen = [A.wearable(kind, people.landmarks[0].numpy(), 1500) for kind in A.WEARABLES]
+    assert [w.sum() for w in seen] == [1500] * 3
+    eyes = people.landmarks[0, 36:48].view(2, 6, 2).mean(1).round().long()
+    assert not any(w[y, x] for w in seen for x, y in eyes.tolist())
+
+
+def test_ssim_and_the_scaling_to_it():
+    x = torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    y = (x + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))).clamp(-1, 1)
+    assert (A.ssim(x, x) - 1).abs().max() < 1e-5 and (A.ssim(x, y) < 0.95).all()
+    level = torch.tensor([0.97, 0.9, 0.0])
+    z = A.at_visibility(x, y, level)
+    got = A.ssim(x, z)
+    assert (got[:2] - level[:2]).abs().max() < 0.01 and torch.allclose(z[2], A.rounded(y)[2])
+
+
+def test_poisson_blending_keeps_gradients_and_takes_the_colours_of_the_place():
+    rng = np.random.default_rng(0)
+    old = rng.integers(60, 120, (20, 30, 3)).astype(np.uint8)
+    mask = np.zeros((20, 30), bool)
+    mask[5:15, 6:25] = True
+    assert abs(A.poisson_blend(old + 70, old, mask).astype(int) - old).max() <= 1
+    assert (A.poisson_blend(old, old, np.zeros_like(mask)) == old).all()
+    full = A.poisson_blend(255 - old, old, np.ones_like(mask))      # a mask up to the border keeps the border
+    assert (full[0] == old[0]).all() and (full[:, -1] == old[:, -1]).all()
+
+
+def test_poisson_faces_forget_how_bright_the_paint_was(src):
+    dim, bright = (A.poisson_faces(src, 0.5 * src.crops + b) for b in (0.0, 0.3))
+    assert (dim - bright).abs().max() <= 3 / 127.5
+    mask = A.frame_mask(src)
+    assert ((dim - A.rounded(src.faces)) * (1 - mask)).abs().max() < 1e-6
+    assert (dim - A.rounded(src.faces)).abs().max() > 0.05
+
+
+def test_the_loop_learns_and_repeats(src):
+    def train():
+        torch.manual_seed(0)
+        G, D = A.Generator(4), A.Discriminator(4)
+        aims = {n: A.aim(lambda x, k=k: F.avg_pool2d(x, k).flatten(1), -src.faces[:1])
+                for n, k in zip("abc", (25, 30, 50))}
+        log = A.train_generator(G, D, src, A.paint_shadow(src, 0), aims, A.Style(2), A.Weights(1, 20, 1, .1, .1), 16, 2,
+                                5e-3, 1e-2, drops=(14,), seed=3)
+        return log, A.synthesise(G, src)
+    log, faces = train()
+    assert log["identity"][-4:].mean() < log["identity"][:4].mean()
+    assert ((faces - A.rounded(src.faces)) * (1 - A.frame_mask(src))).abs().max() < 1e-6
+    again = train()
+    assert torch.equal(faces, again[1]) and all((log[k] == again[0][k]).all() for k in log)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    pytest.importorskip("dlib")
+    folder = tmp_path_factory.mktemp("run")
+    config = A.Config.preset("smoke", out_dir=folder, **TINY)
+    return config, A.run(config)
+
+
+def test_a_run_leaves_its_numbers_and_resumes(finished):
+    config, report = finished
+    first = report.as_dict()
+    steps = sorted((config.out_dir / "steps").rglob("*.npz"))
+    assert len(steps) > 20
+    (config.out_dir / "steps" / "seed0" / "measured" / "FGSM.npz").unlink()
+    again = A.run(config).as_dict()
+    one, two = (r["metrics"]["FGSM"]["dlib gain"]["values"] for r in (first, again))
+    assert one == two
+    rows = report.metrics
+    assert set(A.ROWS) < set(rows) and rows["clean"]["dlib gain"] == [0.0]
+    ours = rows[A.OURS]["SSIM"][0]
+    for row in (*A.RIVALS, *A.WEARABLES):                           # equal visibility, or less
+        assert rows[row]["SSIM"][0] > ours - 0.02, row
+    assert (config.out_dir / "weights.safetensors").stat().st_size < 1.5e6
+
+
+def test_apply_does_the_others_when_one_is_damaged(finished, tmp_path, people):
+    for i in (0, 1):
+        x = (255 * people.images[i]).round().byte().permute(1, 2, 0).numpy()
+        write_image(tmp_path / f"{i}.png", np.pad(x, ((40, 40), (40, 40), (0, 0)), mode="edge"))
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG cut off")
+    weights = finished[0].out_dir / "weights.safetensors"
+    rows = A.apply([tmp_path / "0.png", tmp_path / "cut.png", tmp_path / "1.png"], weights, tmp_path / "out", 2)
+    assert len(rows) == 2 and "error" in rows[1] and list(rows[0])[0] == "input"
+    assert {"similarity_before", "similarity_after", "threshold", "output", "note"} < set(rows[0])
+    assert read_json(tmp_path / "out" / "results.json") == rows
+    picture = read_image(rows[0]["output"])
+    assert picture.shape == (334, 900, 3)
+    band = picture[300:].astype(int)
+    assert (band[..., 0] - band[..., 1]).max() > 100                # the note is there, in red
+    bad = A.apply([tmp_path / "0.png", tmp_path / "cut.png"], weights, tmp_path / "out2", 2)
+    assert "target" in bad[0]["error"]
+    with pytest.raises(UserError, match="TARGET"):
+        A.apply([tmp_path / "0.png"], weights)
+
+
+def test_apply_without_dlib_says_who_judged(finished, tmp_path, people, monkeypatch):
+    def missing():
+        raise UserError("dlib: not installed")
+    monkeypatch.setattr(A, "judge", missing)
+    monkeypatch.setattr(A, "dlib_installed", lambda: False)
+    x = (255 * people.images[:2]).round().byte().permute(0, 2, 3, 1).numpy()
+    for i in (0, 1):
+        write_image(tmp_path / f"{i}.png", x[i])
+    row, = A.apply([tmp_path / "0.png", tmp_path / "1.png"], finished[0].out_dir / "weights.safetensors", None, 1)
+    assert row["judge"] == A.KINDRED and row["output"] is None
+    kept = read_weights(finished[0].out_dir / "weights.safetensors")[f"threshold.{A.KINDRED}"]
+    assert row["threshold"] == pytest.approx(float(kept), abs=1e-3)
+
+
+# --- the paper's data
+
+def released(root, n=2):
+    """A tiny set in the released layout."""
+    rng, table = np.random.default_rng(0), {}
+    stored = np.load("tests/parity/data/adv_makeup/cases.npz")
+    for folder in A.PARTS.values():
+        (root / "Datasets_Makeup" / folder).mkdir(parents=True)
+        for i in range(n):
+            name = f"{i:05d}.jpg"
+            write_image(root / "Datasets_Makeup" / folder / name, rng.integers(0, 256, (300, 300, 3)).astype(np.uint8))
+            if "target" not in folder:
+                table[f"{folder}/{name}"] = stored[f"landmarks/{i % 2}"]
+    with (root / "Datasets_Makeup" / "landmark_aligned_600.pk").open("wb") as file:
+        pickle.dump(table, file)
+
+
+def test_the_released_set_is_read(tmp_path):
+    released(tmp_path)
+    found = A.check_data(tmp_path)
+    assert found.usable and [len(found.files[k]) for k in A.PARTS] == [2, 2, 2] and not found.problems
+    assert found.orbit(found.files["before"][0]).box.shape == (17, 2)
+    write_image(tmp_path / "Datasets_Makeup" / A.PARTS["before"] / "more.jpg", np.zeros((9, 9, 3), np.uint8))
+    found = A.check_data(tmp_path / "Datasets_Makeup")
+    assert found.usable and "1 pictures without landmarks" in str(found)
+
+
+class Runs:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def test_a_landmark_file_cannot_run_code(tmp_path, capsys):
+    for content in (pickle.dumps({"a": Runs()}), b"cut", pickle.dumps([1]), pickle.dumps({"a": np.zeros((68, 2))})):
+        (tmp_path / "x.pk").write_bytes(content)
+        with pytest.raises(UserError, match="x.pk"):
+            A.read_landmarks(tmp_path / "x.pk")
+    assert capsys.readouterr().out == ""
+
+
+def test_full_lists_what_is_missing(tmp_path):
+    with pytest.raises(UserError, match="data_root"):
+        A.run(A.Config.preset("full"))
+    (tmp_path / "models").mkdir()
+    with pytest.raises(UserError, match="before_aligned_600.*ir152.pth.*vgg16.pth.*lfw"):
+        A.run(A.Config.preset("full", data_root=tmp_path))
+    with pytest.raises(UserError, match="victim"):
+        A.run(A.Config.preset("full", data_root=tmp_path, victim="other"))
+
+
+def test_full_runs_on_tiny_files(tmp_path, monkeypatch):
+    released(tmp_path)
+    (tmp_path / "models").mkdir()
+    for name in (*A.RECOGNISERS, "vgg16"):
+        (tmp_path / "models" / f"{name}.pth").touch()
+    rng = np.random.default_rng(1)
+    for i in range(46):                                             # 1,035 pairs support a FAR of 0.001
+        write_image(tmp_path / "lfw" / f"p{i}" / "0.png", rng.integers(0, 256, (16, 16, 3)).astype(np.uint8))
+
+    class Pooled(torch.nn.Module):                                  # in place of networks of 70 million weights
+        def __init__(self, k):
+            super().__init__()
+            self.k = k
+
+        def forward(self, x):
+            return F.avg_pool2d(x, self.k).flatten(1)
+    monkeypatch.setattr(A, "load_official", lambda path, name: A.Style(2) if name == "vgg16" else Pooled(
+        {"ir152": 16, "irse50": 28, "mobile_face": 14, "facenet": 20}[name]))
+    config = A.Config.preset("full", data_root=tmp_path, out_dir=tmp_path / "out", width=2, side=(32, 84), iterations=2,
+                             batch_size=2, targets=1)
+    report = A.run(config)
+    assert set(report.metrics) == {"clean", A.OURS}
+    assert all(0 <= v[0] <= 1 for row in report.metrics.values() for v in row.values())
+
+
+def test_a_folder_of_pictures_is_checked(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        A.check_data(tmp_path / "none")
+    for i in range(8):
+        write_image(tmp_path / f"{i}.png", np.zeros((20, 20, 3), np.uint8))
+    (tmp_path / "cut.png").write_bytes(b"no")
+    found = A.check_data(tmp_path)
+    assert found.usable and "cut.png" in str(found)
+
+
+def test_portraits_take_the_place_of_the_rendered(tmp_path):
+    pytest.importorskip("dlib")
+    root = data_folder("portraits")
+    config = A.Config.preset("smoke", data_root=root, sources=2)
+    c = A.cast(config, 0)
+    assert c.people.images.shape == (4, 3, 150, 150) and c.target.shape == (1, 3, 150, 150)
+    eyes = c.people.landmarks[:, 36:48].view(-1, 2, 6, 2).mean(2)
+    assert (eyes[:, 1, 0] - eyes[:, 0, 0] > 40).all() and ((eyes[..., 1] > 30) & (eyes[..., 1] < 70)).all()
+
+
+def test_a_face_at_the_edge_keeps_what_is_in_the_picture(people):
+    faces, points = 2 * people.images[:1] - 1, people.landmarks[0].numpy()
+    high, wide = faces.shape[2:]
+    for shift in ((-40, 0), (60, 0), (0, -50), (0, 90)):
+        s = A.make_sources(faces, [A.orbit_68(points + shift)], (40, 104), A.DROP)
+        t, left, h, w = s.box[0].tolist()
+        assert t >= 0 and left >= 0 and t + h <= high and left + w <= wide and s.mask.shape[2:] == (h, w)
+        patch = torch.full((1, 3, 40, 104), 0.5)
+        assert (A.paste(s, patch)[0] != faces).any().item() == bool(s.mask.any())
+    with pytest.raises(UserError, match="outside of the picture"):
+        A.make_sources(faces, [A.orbit_68(points + [500, 0])], (40, 104), A.DROP)
