@@ -1,12 +1,16 @@
-"""What the book adds to Jupyter Book: tidy cells, a results table from the ledger, mathematics without a network."""
+"""What the book adds to Jupyter Book: tidy cells, pages made from ledger and package, mathematics without a network."""
+import ast
+import base64
 import importlib.util
 import json
 import re
 import shutil
 from pathlib import Path
 
+import yaml
 from docutils import nodes
 from docutils.parsers.rst import Directive
+from docutils.statemachine import StringList
 
 DIRECTIVE = re.compile(r"\s*#\s*\|")
 FOLD = 30           # a longer cell folds by itself
@@ -38,24 +42,125 @@ def tidy_cells(app, doctree):
 
 
 class Ledger(Directive):
-    """A table of the ledger: chapter, claim, whether it holds, effect, cost."""
+    """What was measured, chapter by chapter, from the ledger.
+
+    Content, a mapping in YAML: the chapters in order, each with what its paper reports (`paper`), the cell whose figure
+    stands for it (`figure`) and, where the claim does not hold, the reason as far as it is known (`why`).
+    """
+
+    has_content = True
+
+    def run(self):
+        root = Path(self.state.document.settings.env.srcdir)
+        found = []
+        for chapter, about in (yaml.safe_load("\n".join(self.content)) or {}).items():
+            path = root / "nbs" / "results" / f"{chapter}.json"
+            self.state.document.settings.env.note_dependency(str(path))
+            if path.exists():
+                found.append((chapter, about, json.loads(path.read_text())))
+        if not found:
+            return [nodes.paragraph(text="No run has been recorded yet.")]
+        head = ("Chapter", "Claim holds", "Effect measured", "Seeds", "Cost")
+        rows = [(chapter, "yes" if e["claim"]["holds"] else "no", e["claim"]["effect"], str(len(e["seeds"])),
+                 f"{e['seconds'] / 60:.1f} min") for chapter, _, e in found]
+        return [_table(head, rows), *(self.section(root, *entry) for entry in found)]
+
+    def section(self, root, chapter, about, entry):
+        """A chapter's claim, its picture, paper beside measured, and on what it was run."""
+        notebook = json.loads((root / "nbs" / "chapters" / f"{chapter}.ipynb").read_text())
+        name = re.search(r"^# (.+)", "".join(notebook["cells"][0]["source"]), re.M)[1]
+        section = nodes.section(ids=[f"result-{chapter}"], names=[f"result-{chapter}"])
+        section += nodes.title(text=name)
+        claim = entry["claim"]
+        lines = {"Claim": claim["text"][0].upper() + claim["text"][1:], "Measured here": claim["effect"],
+                 "Holds": "yes" if claim["holds"] else f"no. {about.get('why', '')}".strip(),
+                 "The paper": about["paper"]}
+        fields = nodes.definition_list()
+        for term, text in lines.items():
+            item, body = nodes.definition_list_item(), nodes.definition()
+            body += self.parse(text) if term in ("The paper", "Holds") else nodes.paragraph(text=text)
+            item += [nodes.term(text=term), body]
+            fields += item
+        section += fields
+        if about.get("figure"):
+            section += self.picture(root, notebook, chapter, about["figure"])
+        versions = ", ".join(f"{k} {entry['versions'][k]}" for k in ("python", "torch", "numpy"))
+        seeds = ", ".join(map(str, entry["seeds"]))
+        section += self.parse(f"{{doc}}`The chapter <../chapters/{chapter}>`. Recorded at preset "
+                              f"`{entry['preset']}`, seeds {seeds}, in {entry['seconds'] / 60:.1f} min on "
+                              f"{entry['device']}; {versions}.")
+        return section
+
+    def parse(self, text):
+        box = nodes.Element()
+        self.state.nested_parse(StringList([text]), 0, box)
+        return box.children
+
+    def picture(self, root, notebook, chapter, name):
+        """The figure of the notebook's cell `name`, as an image node."""
+        cell = next(c for c in notebook["cells"] if c["id"] == name)
+        kinds = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg"}
+        kind, data = next((k, o["data"][k]) for o in cell["outputs"] for k in kinds if k in o.get("data", {}))
+        folder = root / "_build" / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{chapter}.{kinds[kind]}"
+        data = "".join(data)
+        path.write_bytes(data.encode() if kind == "image/svg+xml" else base64.b64decode(data))
+        about = cell["metadata"]["mystnb"]
+        return nodes.image(uri=f"/_build/pictures/{path.name}", alt=about["image"]["alt"])
+
+
+class Claims(Directive):
+    """The ten chapters in the order of the book: title, the claim tested, whether it holds, what was measured."""
 
     def run(self):
         env = self.state.document.settings.env
-        folder = Path(env.srcdir) / "nbs" / "results"
-        entries = []
-        for path in sorted(folder.glob("*.json")):
+        root = Path(env.srcdir)
+        rows = []
+        for chapter in re.findall(r"nbs/chapters/(\w+)", (root / "_toc.yml").read_text()):
+            path = root / "nbs" / "results" / f"{chapter}.json"
             env.note_dependency(str(path))
-            entries.append(json.loads(path.read_text()))
-        head = ("Chapter", "Claim", "Holds", "Effect measured", "Seeds", "Cost", "Device")
-        rows = [(e["chapter"], e["claim"]["text"], "yes" if e["claim"]["holds"] else "no", e["claim"]["effect"],
-                 str(len(e["seeds"])), f"{e['seconds'] / 60:.1f} min", e["device"]) for e in entries]
-        if not rows:
-            return [nodes.paragraph(text="No run has been recorded yet.")]
-        return [_table(head, rows)]
+            if path.exists():
+                claim = json.loads(path.read_text())["claim"]
+                text = claim["text"][0].upper() + claim["text"][1:]
+                found = ("yes" if claim["holds"] else "no"), claim["effect"]
+            else:
+                text, *found = "Not written yet: the method, without the experiment.", "", ""
+            rows.append((f"{{doc}}`chapters/{chapter}`", text, *found))
+        return [_table(("Chapter", "Claim tested", "Holds", "Measured"), rows, self.state)]
 
 
-def _table(head, rows):
+class Api(Directive):
+    """Every public function and class of the package: its call, and the first paragraph of its docstring."""
+
+    def run(self):
+        env = self.state.document.settings.env
+        package = Path(env.srcdir) / "facebook_nb"
+        sections = []
+        for path in sorted(package.rglob("*.py")):
+            tree = ast.parse(path.read_text())
+            public = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name[0] != "_"]
+            if path.stem.startswith("_") or not public:
+                continue
+            env.note_dependency(str(path))
+            name = ".".join(path.relative_to(package.parent).with_suffix("").parts)
+            section = nodes.section(ids=[nodes.make_id(f"api-{name}")], names=[name])
+            section += nodes.title(text=name)
+            entries = nodes.definition_list(classes=["api"])
+            for node in public:
+                item, body = nodes.definition_list_item(), nodes.definition()
+                call = node.name + ("" if isinstance(node, ast.ClassDef) else f"({ast.unparse(node.args)})")
+                text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+                body += nodes.paragraph(text=text)
+                item += [nodes.term("", "", nodes.literal(text=call)), body]
+                entries += item
+            section += entries
+            sections.append(section)
+        return sections
+
+
+def _table(head, rows, state=None):
+    """A table of texts; with `state`, those that begin with a role are parsed."""
     table, group = nodes.table(classes=["results"]), nodes.tgroup(cols=len(head))
     table += group
     group += [nodes.colspec(colwidth=1) for _ in head]
@@ -64,7 +169,10 @@ def _table(head, rows):
         row = nodes.row()
         for text in texts:
             entry = nodes.entry()
-            entry += nodes.paragraph(text=text)
+            if state and text.startswith("{"):
+                state.nested_parse(StringList([text]), 0, entry)
+            else:
+                entry += nodes.paragraph(text=text)
             row += entry
         return row
 
@@ -88,6 +196,8 @@ def local_mathjax(app, exc):
 
 def setup(app):
     app.add_directive("ledger", Ledger)
+    app.add_directive("claims", Claims)
+    app.add_directive("api", Api)
     app.connect("doctree-read", tidy_cells)
     app.connect("build-finished", local_mathjax)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

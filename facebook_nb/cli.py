@@ -312,11 +312,14 @@ def _say_run(outcome: Outcome, folder: Path) -> None:
         m for columns in metrics["metrics"].values() for m in columns))
     number = lambda x: "" if x is None or x["mean"] is None else (
         f"{x['mean']:.3f} ± {x['std']:.3f}")
-    _say_table(("", *names), [
-        (row, *(number(columns.get(name)) for name in names))
-        for row, columns in metrics["metrics"].items()],
-        title=f"{outcome.name}, preset {metrics['preset']}, "
-              f"seeds {metrics['seeds']}")
+    about = (f"{outcome.name}, preset {metrics['preset']}, "
+             f"seeds {metrics['seeds']}")
+    for k in range(0, len(names), 7):       # more do not fit a terminal
+        some = names[k:k + 7]
+        _say_table(("", *some), [
+            (row, *(number(columns.get(name)) for name in some))
+            for row, columns in metrics["metrics"].items()],
+            title=None if k else about)
     claim = metrics["claim"]
     typer.echo(f"Claim: {claim['text']}\n"
                f"{'holds' if claim['holds'] else 'does not hold'}: "
@@ -434,8 +437,8 @@ def tour():
 @app.command()
 def reproduce(
         names: Annotated[list[str] | None, typer.Argument(
-            metavar="[NOTEBOOK…]", help="Chapters or foundations; all "
-            "when none is named.")] = None,
+            metavar="[NOTEBOOK…]", help="Chapters, foundations, or "
+            "benchmarks; all when none is named.")] = None,
         accept: Annotated[bool, typer.Option(
             "--accept", help="Store numbers that left the ledger's.")]
         = False):
@@ -443,7 +446,8 @@ def reproduce(
     root = book_root()
     every = [n for c in CHAPTERS if has_code(
         n := chapter_notebook(c, root))] + sorted(
-        (root / "nbs" / "foundations").glob("*.ipynb"))
+        (root / "nbs" / "foundations").glob("*.ipynb")) + sorted(
+        (root / "nbs" / "appendix").glob("*.ipynb"))
     stems = [n.stem for n in every]
     for name in names or []:
         if name not in stems:
@@ -459,7 +463,8 @@ def reproduce(
             shutil.rmtree(folder)           # a run of other code
         if not (folder / "finished").exists():
             write_json(mark, digest)
-            values = {"out_dir": str(folder)} if is_written(notebook) else {}
+            values = {"out_dir": str(folder)} if (
+                notebook.stem in CHAPTERS and is_written(notebook)) else {}
             jobs.append((notebook, folder / notebook.name, values))
     failed = [o for o in execute_all(jobs, typer.echo) if o.error]
     for o in failed:

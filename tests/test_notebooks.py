@@ -25,5 +25,6 @@ def test_chapter_at_smoke(notebook, tmp_path):
 
 @pytest.mark.parametrize("notebook", OTHERS, ids=lambda p: p.stem)
 def test_notebook(notebook, tmp_path):
-    outcome = execute(notebook, tmp_path / notebook.name, {}, threads=1)
+    values = {"quick": True} if notebook.stem == "benchmarks" else {}
+    outcome = execute(notebook, tmp_path / notebook.name, values, threads=1)
     assert not outcome.error, f"{outcome.error}\n{outcome.cell}"

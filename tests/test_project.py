@@ -1,4 +1,5 @@
 """The project holds together: exports, stored outputs, imports, size."""
+import ast
 import json
 import re
 import subprocess
@@ -115,3 +116,18 @@ def test_the_project_names_no_machine():
         if path.suffix in (".py", ".md", ".ipynb", ".yml", ".ini", ".toml", ".txt") and path != Path(__file__):
             found = re.search(r"(?<![\w./-])/(?:work|home/\w+|root)/", path.read_text())
             assert not found, f"{name}: {found[0]}"
+
+
+def test_readme_quotes_the_ledger():
+    text = (ROOT / "README.md").read_text()
+    for chapter in CHAPTERS:
+        claim = read_ledger(chapter, ROOT)["claim"]
+        said = f"{'holds' if claim['holds'] else 'does not hold'}: {claim['effect']} |"
+        assert re.search(rf"^\| `{chapter}` \|.*{re.escape(said)}$", text, re.M), f"{chapter}: README.md says otherwise"
+
+
+def test_every_public_definition_has_a_docstring():
+    for module in MODULES:
+        for node in ast.parse(module.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{module.stem}.{node.name}"
