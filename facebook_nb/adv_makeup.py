@@ -12,7 +12,7 @@ __all__ = ['FRAME', 'DROP', 'KINDS', 'SURROGATES', 'KINDRED', 'JUDGE', 'FARS', '
            'optimisers', 'iteration', 'train_generator', 'rounded', 'synthesise', 'poisson_blend', 'poisson_faces',
            'SmallRecogniser', 'train_recogniser', 'Recogniser', 'judge', 'calibrate', 'share_above', 'paint_shadow',
            'gradient_attack', 'wearable', 'frame_mask', 'ssim', 'at_visibility', 'visibility', 'clues', 'detector_auc',
-           'Cast', 'cast', 'place_landmarks', 'portrait_of', 'pictures_in', 'folder_cast', 'teach_recognisers', 'Stage',
+           'Cast', 'cast', 'place_landmarks', 'portrait_of', 'folder_cast', 'teach_recognisers', 'Stage',
            'source_faces', 'make_stage', 'made_up', 'small_style', 'learn_to_paint', 'started', 'make_up_row',
            'bytes_of', 'faces_of', 'rival_row', 'defend', 'Bench', 'measured', 'measure_defences', 'one_seed',
            'dodging', 'verdict', 'detection', 'run', 'keep_weights', 'load_official', 'apply', 'read_landmarks',
@@ -36,8 +36,8 @@ from .experiment import (
     Claim, Report, RunFolder, Settings, generator, package_folder,
     seed_everything, write_results)
 from .files import (
-    IMAGE_SUFFIXES, UserError, load_strict, progress, read_image,
-    read_weights, write_image, write_weights)
+    UserError, load_strict, pictures_in, progress, read_image, read_weights,
+    write_image, write_weights)
 from .metrics.verification import auc, far_threshold
 from facebook_nb.models.backbones import (
     ConvBlock, DepthBlock, InceptionResNetV1, IRBlock, IRNet, MobileFaceNet,
@@ -78,8 +78,8 @@ class Config(Settings):
 
     CHAPTER: ClassVar[str] = "adv_makeup"
     PRESETS: ClassVar[Mapping[str, Mapping]] = {
-        "smoke": {"people": 12, "photos": 3, "lessons": 6, "strangers": 16,
-                  "sources": 3, "n_seeds": 1, "start": 3, "iterations": 2,
+        "smoke": {"people": 6, "photos": 3, "lessons": 3, "strangers": 8,
+                  "sources": 2, "n_seeds": 1, "start": 3, "iterations": 2,
                   "steps": 2, "batch_size": 2,
                   "patch_steps": 2},
         "book": {},
@@ -996,8 +996,9 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     k = torch.exp(-torch.arange(-5, 6).float().square() / 4.5)
     k = k / k.sum()
     a, b = (a + 1) / 2, (b + 1) / 2
-    x = torch.cat([a, b, a * a, b * b, a * b]).flatten(0, 1)[:, None]
-    x = F.conv2d(F.conv2d(x, k.view(1, 1, 11, 1)), k.view(1, 1, 1, 11))
+    x = torch.cat([a, b, a * a, b * b, a * b]).flatten(0, 1)
+    rows, columns = (torch.eye(n).unfold(0, 11, 1) @ k for n in x.shape[1:])
+    x = rows @ x @ columns.T                # faster than a convolution here
     ma, mb, aa, bb, ab = x.view(5, len(a), -1)
     va, vb, cov = aa - ma * ma, bb - mb * mb, ab - ma * mb
     c, d = 0.01**2, 0.03**2
@@ -1158,17 +1159,6 @@ def portrait_of(image: np.ndarray, mean: np.ndarray) -> Portraits | None:
                      torch.from_numpy(landmarks)[None], torch.zeros(1).long())
 
 # %% ../nbs/chapters/adv_makeup.ipynb #folder_cast
-def pictures_in(inputs) -> list[Path]:
-    """Files, and the pictures in folders and their folders, in order."""
-    found = []
-    for path in map(Path, [inputs] if isinstance(inputs, str | Path)
-                    else inputs):
-        inside = sorted(p for p in path.rglob("*")
-                        if p.suffix.lower() in IMAGE_SUFFIXES)
-        found += inside if path.is_dir() else [path]
-    return found
-
-
 @functools.lru_cache(maxsize=1)
 def _folder(root: Path) -> Portraits:
     mean = render_portraits(8, 1, 3).landmarks.mean(0).numpy()
@@ -1840,8 +1830,7 @@ def read_makeup(root: str | Path) -> MakeupSet:
     except UserError as error:
         out.problems.append(str(error))
     for part, folder in PARTS.items():
-        files = pictures_in(root / folder) if (
-            root / folder).is_dir() else []
+        files = [p for p in pictures_in(root / folder) if p.is_file()]
         if not files:
             out.problems.append(f"{folder}: no pictures; copy it again")
         if part != "target":        # a target is compared, not painted
@@ -1885,7 +1874,7 @@ def check_data(data_root: str | Path) -> MakeupSet | Pictures:
     for place in (root, root / "Datasets_Makeup"):
         if any((place / folder).exists() for folder in PARTS.values()):
             return read_makeup(root)
-    files, bad = pictures_in(root) if any(root.iterdir()) else [], []
+    files, bad = [p for p in pictures_in(root) if p.is_file()], []
     for path in files:
         try:
             read_image(path)

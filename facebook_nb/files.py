@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'IMAGE_SUFFIXES', 'UserError', 'write_atomic', 'write_json', 'read_json', 'decode_image', 'read_image',
-           'write_image', 'tensors_digest', 'write_weights', 'read_metadata', 'read_weights', 'load_strict', 'progress']
+           'write_image', 'pictures_in', 'tensors_digest', 'write_weights', 'read_metadata', 'read_weights',
+           'load_strict', 'progress']
 
 # %% ../nbs/foundations/files.ipynb #imports
 import hashlib
@@ -171,6 +172,20 @@ def write_image(path: str | Path, image) -> None:
                         "use .png or .jpg")
     with write_atomic(path) as part:
         Image.fromarray(image).save(part, format=kind, quality=95)
+
+# %% ../nbs/foundations/files.ipynb #pictures_in
+def pictures_in(inputs, suffixes=IMAGE_SUFFIXES) -> list[Path]:
+    """Files, and those of these suffixes in folders and theirs, in order.
+
+    inputs: a path, or several. A folder that holds none is given as it is.
+    """
+    found = []
+    for path in map(Path, [inputs] if isinstance(inputs, str | Path)
+                    else inputs):
+        inside = sorted(p for p in path.rglob("*")
+                        if p.suffix.lower() in suffixes)
+        found += inside if path.is_dir() and inside else [path]
+    return found
 
 # %% ../nbs/foundations/files.ipynb #tensors_digest
 def tensors_digest(tensors: Mapping) -> str:
