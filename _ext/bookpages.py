@@ -83,7 +83,7 @@ class Ledger(Directive):
             fields += item
         section += fields
         if about.get("figure"):
-            section += self.picture(root, notebook, chapter, about["figure"])
+            section += picture(root, notebook, chapter, about["figure"])
         versions = ", ".join(f"{k} {entry['versions'][k]}" for k in ("python", "torch", "numpy"))
         seeds = ", ".join(map(str, entry["seeds"]))
         section += self.parse(f"{{doc}}`The chapter <../chapters/{chapter}>`. Recorded at preset "
@@ -96,18 +96,43 @@ class Ledger(Directive):
         self.state.nested_parse(StringList([text]), 0, box)
         return box.children
 
-    def picture(self, root, notebook, chapter, name):
-        """The figure of the notebook's cell `name`, as an image node."""
-        cell = next(c for c in notebook["cells"] if c["id"] == name)
-        kinds = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg"}
-        kind, data = next((k, o["data"][k]) for o in cell["outputs"] for k in kinds if k in o.get("data", {}))
-        folder = root / "_build" / "pictures"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{chapter}.{kinds[kind]}"
-        data = "".join(data)
-        path.write_bytes(data.encode() if kind == "image/svg+xml" else base64.b64decode(data))
-        about = cell["metadata"]["mystnb"]
-        return nodes.image(uri=f"/_build/pictures/{path.name}", alt=about["image"]["alt"])
+
+def picture(root, notebook, chapter, name):
+    """The figure of the notebook's cell `name`, as an image node."""
+    cell = next(c for c in notebook["cells"] if c["id"] == name)
+    kinds = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg"}
+    found = [(k, o["data"][k]) for o in cell["outputs"] for k in kinds if k in o.get("data", {})]
+    if not found:                                       # the cell was edited, and not yet run
+        return nodes.paragraph(text=f"No figure is stored yet in {chapter}, {name}.")
+    kind, data = found[0]
+    folder = root / "_build" / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{chapter}-{name}.{kinds[kind]}"
+    data = "".join(data)
+    path.write_bytes(data.encode() if kind == "image/svg+xml" else base64.b64decode(data))
+    about = cell["metadata"]["mystnb"]
+    return nodes.image(uri=f"/_build/pictures/{path.name}", alt=about["image"]["alt"])
+
+
+class Gallery(Directive):
+    """A picture a chapter, each above the chapter's title.
+
+    Content, a mapping in YAML: the chapters in order, each with the cell whose figure is shown.
+    """
+
+    has_content = True
+
+    def run(self):
+        root = Path(self.state.document.settings.env.srcdir)
+        gallery = nodes.container(classes=["gallery"])
+        for chapter, name in yaml.safe_load("\n".join(self.content)).items():
+            path = root / "nbs" / "chapters" / f"{chapter}.ipynb"
+            self.state.document.settings.env.note_dependency(str(path))
+            card = nodes.container(classes=["card"])
+            card += picture(root, json.loads(path.read_text()), chapter, name)
+            self.state.nested_parse(StringList([f"{{doc}}`chapters/{chapter}`"]), 0, card)
+            gallery += card
+        return [gallery]
 
 
 class Claims(Directive):
@@ -197,6 +222,7 @@ def local_mathjax(app, exc):
 def setup(app):
     app.add_directive("ledger", Ledger)
     app.add_directive("claims", Claims)
+    app.add_directive("gallery", Gallery)
     app.add_directive("api", Api)
     app.connect("doctree-read", tidy_cells)
     app.connect("build-finished", local_mathjax)

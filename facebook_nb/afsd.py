@@ -9,13 +9,14 @@ __all__ = ['THUMOS14_TIOU', 'ACTIVITYNET_TIOU', 'ROWS', 'PLANS', 'KINDS', 'TIOU'
            'Detector', 'AFSD', 'load_official', 'pad_truth', 'assign', 'anet_ranges', 'distance_iou', 'focal_loss',
            'refined_label', 'Losses', 'detection_losses', 'boundary_targets', 'activation_losses', 'Insertion',
            'insert_background', 'contrast_features', 'contrast_loss', 'total_loss', 'clip_offsets', 'cut_clips',
-           'soft_nms', 'fuse', 'segments_of', 'Detections', 'detect', 'name_detections', 'temporal_iou', 'MeanAP',
-           'mean_ap', 'OnFeatures', 'small_network', 'Row', 'answer', 'Config', 'Plan', 'build', 'load_trunk', 'Clips',
-           'contrast_term', 'objective', 'train', 'seconds_at', 'frames_at', 'scan', 'best_matches', 'boundary_errors',
+           'soft_nms', 'fuse', 'segments_of', 'Detections', 'thinned', 'detect', 'name_detections', 'temporal_iou',
+           'MeanAP', 'mean_ap', 'OnFeatures', 'OnPixels', 'small_network', 'PairNet', 'pair_losses', 'pair_objective',
+           'peaks', 'pair_up', 'Row', 'answer', 'Config', 'Plan', 'build', 'load_trunk', 'Clips', 'contrast_term',
+           'objective', 'train', 'seconds_at', 'frames_at', 'scan_pairs', 'scan', 'best_matches', 'boundary_errors',
            'ap_by_length', 'error_shares', 'as_table', 'measure', 'World', 'features_of', 'Labelled', 'find_media',
-           'read_thumos14', 'read_activitynet', 'find_data', 'timeline', 'Footage', 'Videos', 'DataCheck', 'check_data',
-           'missing', 'run_row', 'run', 'judge', 'leave_weights', 'load_network', 'motion_of', 'search_video',
-           'draw_timeline', 'apply', 'literal_loop', 'benchmark']
+           'read_thumos14', 'read_activitynet', 'find_data', 'timeline', 'Footage', 'Videos', 'check_data', 'missing',
+           'run_row', 'run', 'judge', 'leave_weights', 'load_network', 'motion_of', 'search_video', 'draw_timeline',
+           'apply', 'literal_loop', 'benchmark']
 
 # %% ../nbs/chapters/afsd.ipynb #imports
 import csv
@@ -34,11 +35,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .experiment import (
-    Claim, Report, RunFolder, Settings, is_main, package_folder,
-    seed_everything, write_results)
+    Claim, Report, RunFolder, Settings, is_main, seed_everything,
+    weights_file, write_results)
 from .files import (
-    UserError, load_strict, progress, read_json, read_metadata, read_weights,
-    write_atomic, write_weights)
+    DataCheck, UserError, load_strict, progress, read_json, read_metadata,
+    read_weights, write_atomic, write_weights)
 from .readers.video import VideoFile, open_clip
 from .training import Recipe, constant, fit, one_cycle
 from .worlds.motion import ACTIONS, motion_energy, untrimmed
@@ -894,7 +895,7 @@ def segments_of(out: Output, frames: int) -> Tensor:
     c, d = out.priors[..., 0] * frames, out.refined
     return torch.stack([c - d[..., 0], c + d[..., 1]], -1).clamp(0, frames)
 
-# %% ../nbs/chapters/afsd.ipynb #detect
+# %% ../nbs/chapters/afsd.ipynb #thinned
 class Detections(NamedTuple):
     """segment: (n, 2) seconds; label: (n,) class ≥ 1; score: (n,)."""
 
@@ -903,6 +904,25 @@ class Detections(NamedTuple):
     score: Tensor
 
 
+def thinned(segments: Tensor, scores: Tensor, sigma: float = 0.5,
+            lowest: float = 0.01, floor: float = 0.001, top_k: int = 5000,
+            keep_last: bool = True) -> Detections:
+    """Candidates after soft-NMS of each class, ordered by class.
+
+    segments: (n, 2); scores: (n, classes), of classes 1, 2, …. lowest: what
+    a candidate must exceed; the rest: see `soft_nms`.
+    """
+    score = scores.T                                         # (K-1, n)
+    score = score.masked_fill(score <= lowest, -1)
+    n = max(1, int((score > lowest).sum(1).max()))
+    # candidates to the front, in their order
+    place = (score <= lowest).byte().argsort(dim=1, stable=True)[:, :n]
+    kept = soft_nms(segments[place], score.gather(1, place), sigma, floor,
+                    top_k, keep_last)
+    k, i = (kept > 0).nonzero(as_tuple=True)
+    return Detections(segments[place[k, i]], k + 1, kept[k, i])
+
+# %% ../nbs/chapters/afsd.ipynb #detect
 @torch.no_grad()
 def detect(*streams: Output, offsets, fps: float, frames: int = 256,
            sigma: float = 0.5, lowest: float = 0.01, floor: float = 0.001,
@@ -923,15 +943,8 @@ def detect(*streams: Output, offsets, fps: float, frames: int = 256,
     score = (score * out.center.sigmoid())[..., 1:]          # (B, P, K-1)
     at = torch.as_tensor(offsets, device=seg.device, dtype=seg.dtype)
     seg = ((seg + at[:, None, None]) / fps).flatten(0, 1)    # (n, 2)
-    score = score.flatten(0, 1).T                            # (K-1, n)
-    score = score.masked_fill(score <= lowest, -1)
-    n = max(1, int((score > lowest).sum(1).max()))
-    # candidates to the front, in their order
-    place = (score <= lowest).byte().argsort(dim=1, stable=True)[:, :n]
-    kept = soft_nms(seg[place], score.gather(1, place), sigma, floor, top_k,
-                    keep_last)
-    k, i = (kept > 0).nonzero(as_tuple=True)
-    return Detections(seg[place[k, i]], k + 1, kept[k, i])
+    return thinned(seg, score.flatten(0, 1), sigma, lowest, floor, top_k,
+                   keep_last)
 
 # %% ../nbs/chapters/afsd.ipynb #name_detections
 def name_detections(found: Detections, class_scores: Tensor, duration: float
@@ -1081,16 +1094,96 @@ class OnFeatures(nn.Module):
         """See `Detector.salient`."""
         return self.detector.salient(self._maps(x))
 
+# %% ../nbs/chapters/afsd.ipynb #OnPixels
+class OnPixels(OnFeatures):
+    """A detector above a small 3-D trunk; sees (B, 1, F, 32, 32) uint8."""
+
+    def __init__(self, detector: Detector):
+        super().__init__(detector, 1)
+        self.trunk = nn.Sequential(
+            block(3, 1, 16, (4, 8, 8), (detector.stride, 4, 4), groups=4),
+            block(3, 16, 32, 3, (1, 2, 2), groups=4))
+
+    def look_at(self, x: Tensor) -> None:
+        """Nothing to learn from the pictures: grey is 0, black is -2."""
+
+    def _maps(self, x: Tensor) -> list[Tensor]:
+        return [self.trunk(x.float() / 64 - 2)]        # (B, 32, t0, 4, 4)
+
 
 def small_network(classes: int, c: int = 32, stride: int = 2,
-                  pool: Callable = boundary_max_pool) -> OnFeatures:
+                  pool: Callable = boundary_max_pool,
+                  pixels: bool = False) -> OnFeatures:
     """The network of this page: five levels on motion-energy features.
 
-    classes: without the background. stride: frames a feature.
+    classes: without the background. stride: frames a feature. pixels: on
+    pictures instead.
     """
-    return OnFeatures(Detector(
-        [block(1, 48, c, 3, groups=8)], classes + 1, c=c, groups=8, levels=5,
-        stride=stride, factors=(4, 8, 16, 32, 64), pool=pool), 48)
+    first = block(3, 32, c, (1, 4, 4), groups=8, same=False) if pixels \
+        else block(1, 48, c, 3, groups=8)
+    detector = Detector(
+        [first], classes + 1, c=c, groups=8, levels=5, stride=stride,
+        factors=(4, 8, 16, 32, 64), pool=pool)
+    return OnPixels(detector) if pixels else OnFeatures(detector, 48)
+
+# %% ../nbs/chapters/afsd.ipynb #PairNet
+class PairNet(OnFeatures):
+    """Starts, ends and classes of frames, on the other rows' pyramid."""
+
+    def __init__(self, classes: int, c: int = 32, stride: int = 2):
+        super().__init__(small_network(classes, c, stride).detector, 48)
+        self.ends = Conv(1, c, 2, 1)
+        self.kind = Conv(1, c, classes + 1, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits: (B, 2, F) of start and end, (B, K, F) of the classes."""
+        net = self.detector
+        p = net.levels(self._maps(x))
+        seen = sum(F.interpolate(net.conf_tower(v), p[0].shape[2])
+                   for v in p)
+        f = net.frame_level(seen)
+        return self.ends(f), self.kind(f)
+
+# %% ../nbs/chapters/afsd.ipynb #pair_losses
+def pair_losses(ends: Tensor, kind: Tensor, wanted: Tensor, label: Tensor
+                ) -> tuple[Tensor, Tensor]:
+    """Losses of boundaries and of classes; wanted: of `boundary_targets`.
+
+    label: (B, F) class of each frame.
+    """
+    share = wanted.mean().clamp(1e-3, 1 - 1e-3)
+    weight = torch.where(wanted > 0, 0.5 / share, 0.5 / (1 - share))
+    return (F.binary_cross_entropy_with_logits(ends, wanted, weight),
+            F.cross_entropy(kind, label))
+
+
+def pair_objective(net, batch) -> dict:
+    """The loss of a batch of `Clips`, and its two terms."""
+    ends, kind = (v.float() for v in net(batch["x"]))
+    frames = priors([kind.shape[2]], kind.device)
+    label, _ = assign(frames, batch["truth"], len(frames))
+    bounds, classes = pair_losses(ends, kind, batch["wanted"], label)
+    return {"loss": bounds + classes, "bounds": bounds, "classes": classes}
+
+# %% ../nbs/chapters/afsd.ipynb #pair_up
+def peaks(p: Tensor) -> Tensor:
+    """Peaks of probabilities (T,), the first place of equal ones."""
+    around = F.pad(p, (1, 1))
+    return ((p > around[:-2]) & (p >= around[2:])).nonzero()[:, 0]
+
+
+def pair_up(p: Tensor, most: int = 300) -> tuple[Tensor, Tensor]:
+    """The best-scored pairs of peaks (eq. afsd-pairs).
+
+    p: (2 + K, T) probabilities: start, end, K classes with the background
+    first. Returns segments (n, 2) in frames, scores (n, K-1); n ≤ most.
+    """
+    a, b = torch.cartesian_prod(peaks(p[0]), peaks(p[1])).reshape(-1, 2).T
+    a, b = a[a < b], b[a < b]
+    total = F.pad(p[3:].cumsum(1), (1, 0))
+    score = p[0, a] * p[1, b] * (total[:, b] - total[:, a]) / (b - a)
+    best = score.amax(0).topk(min(most, len(a)))[1]
+    return torch.stack([a, b], 1)[best].float(), score.T[best]
 
 # %% ../nbs/chapters/afsd.ipynb #ROWS
 class Row(NamedTuple):
@@ -1102,9 +1195,14 @@ class Row(NamedTuple):
     guided: bool = False
     contrast: bool = False
     detach: bool = True
+    pixels: bool = False
+    pairs: bool = False
 
 
 ROWS = {
+    "boundary pairs": Row(pairs=True),
+    "coarse on pixels": Row(centre_pool, False, False, pixels=True),
+    "window max on pixels": Row(pixels=True),
     "coarse": Row(centre_pool, refine=False, quality=False),
     "+ quality": Row(centre_pool, refine=False),
     "centre": Row(centre_pool),
@@ -1132,7 +1230,8 @@ class Config(Settings):
 
     CHAPTER: ClassVar[str] = "afsd"
     PRESETS: ClassVar[Mapping] = {
-        "smoke": dict(n_seeds=1, rows=("coarse", "window mean", "window max",
+        "smoke": dict(n_seeds=1, rows=("boundary pairs", "window max on pixels",
+                                       "coarse", "window mean", "window max",
                                        "AFSD"),
                       videos=2, test_videos=1, length=256, steps=1,
                       batch_size=2, width=8),
@@ -1183,8 +1282,11 @@ def build(config: Config, row: str, classes: int) -> nn.Module:
     if row not in ROWS:
         raise UserError(f"afsd: rows={row!r} is none of {', '.join(ROWS)}")
     if config.network == "small":
-        return small_network(classes, config.width, config.stride,
-                             ROWS[row].pool)
+        size = classes, config.width, config.stride
+        return PairNet(*size) if ROWS[row].pairs else small_network(
+            *size, ROWS[row].pool, ROWS[row].pixels)
+    if ROWS[row].pairs or ROWS[row].pixels:
+        raise UserError(f"afsd: the row {row!r} is one of network=small")
     classes = 1 if config.network == "anet" else classes
     net = AFSD(config.network, classes + 1,
                2 if config.stream == "flow" else 3)
@@ -1261,6 +1363,8 @@ def contrast_term(net, batch, step: int = 0):
 def objective(net, batch, step: int, row: Row, plan: Plan, lam: float,
               contrast: bool) -> dict:
     """The loss and its terms. contrast: the triplet is one of them."""
+    if row.pairs:
+        return pair_objective(net, batch)
     out = Output(*(v.float() for v in net(batch["x"])))
     truth = batch["truth"]
     if plan.anet:
@@ -1289,7 +1393,7 @@ def _optimizer(config: Config, net: nn.Module):
     """The small network's; or the authors' Adam, a slower trunk for anet."""
     if config.network == "small":
         return torch.optim.AdamW(net.parameters(), config.rate,
-                                 weight_decay=config.decay)
+                                 weight_decay=config.decay, fused=True)
     slow = 0.1 if config.network == "anet" else 1.0
     trunk = [p for p in net.trunk.parameters() if p.requires_grad]
     return torch.optim.Adam(
@@ -1340,6 +1444,24 @@ def frames_at(seconds: np.ndarray, times: np.ndarray) -> np.ndarray:
     """The inverse of `seconds_at`."""
     return np.interp(seconds, _edges(times), np.arange(len(times) + 1))
 
+# %% ../nbs/chapters/afsd.ipynb #scan_pairs
+@torch.no_grad()
+def scan_pairs(net: PairNet, read: Callable, times: np.ndarray, plan: Plan,
+               lowest: float = 0.01, floor: float = 0.001) -> Detections:
+    """Detections by pairs of peaks; arguments and result as of `scan`."""
+    net.eval()
+    n, total = len(times), 0
+    for o in clip_offsets(n, plan.frames, plan.test_hop):
+        ends, kind = (v[0].float().cpu() for v in net(read(o)[None].to(
+            next(net.parameters()).device)))
+        p = torch.cat([ends.sigmoid(), kind.softmax(0),
+                       torch.ones(1, kind.shape[1])])[:, : n - o]
+        total = total + F.pad(p, (o, n - o - p.shape[1]))
+    seg, score = pair_up(total[:-1] / total[-1])
+    found = thinned(seg, score, lowest=lowest, floor=floor)
+    seconds = torch.from_numpy(seconds_at(found.segment.numpy(), times))
+    return found._replace(segment=seconds.float())
+
 # %% ../nbs/chapters/afsd.ipynb #scan
 @torch.no_grad()
 def scan(net, read: Callable, times: np.ndarray, plan: Plan,
@@ -1350,6 +1472,8 @@ def scan(net, read: Callable, times: np.ndarray, plan: Plan,
     read(first): a clip, as `Clips` has it; times: (n,) seconds of the
     frames; lowest, floor: see `detect`.
     """
+    if row.pairs:
+        return scan_pairs(net, read, times, plan, lowest, floor)
     net.eval()
     device, n = next(net.parameters()).device, len(times)
     offsets, parts = clip_offsets(n, plan.frames, plan.test_hop), []
@@ -1482,36 +1606,39 @@ def measure(truth: Mapping, found: Mapping, fps: float) -> tuple[dict, dict]:
 
 # %% ../nbs/chapters/afsd.ipynb #World
 class World:
-    """Sequences of one seed, as features."""
+    """Sequences of one seed, as features and as pictures."""
 
     classes = ACTIONS
 
     def __init__(self, config: Config, seed: int):
         self.config, self.fps = config, PLANS["small"].fps
         # 1000 +: the settings were chosen on the sequences of others
-        self.train_x, self.train_plans = self._draw(
+        self.train_x, self.train_frames, self.train_plans = self._draw(
             1000 + seed, "train", config.videos)
-        self.test_x, self.test_plans = self._draw(
+        self.test_x, self.test_frames, self.test_plans = self._draw(
             1000 + seed, "test", config.test_videos)
 
     def _draw(self, seed: int, split: str, count: int):
-        xs, plans = [], []
+        xs, frames, plans = [], [], []
         for start in range(0, count, 20):       # bounded memory
             part = untrimmed(min(20, count - start), seed, split,
                              self.config.length, start=start)
             xs += [features_of(f, self.config.stride) for f in part.frames]
+            frames.append(torch.from_numpy(part.frames)[:, None])
             plans += part.plans
-        return torch.stack(xs), plans
+        return torch.stack(xs), torch.cat(frames), plans
 
     def _clip(self, x: Tensor, first: int) -> Tensor:
-        k, unit = PLANS["small"].frames, self.config.stride
-        return x[:, first // unit : (first + k) // unit]
+        """(C, T/unit, ...) from a sequence (C, length/unit, ...)."""
+        unit = self.config.length // x.shape[1]
+        return x[:, first // unit : (first + PLANS["small"].frames) // unit]
 
     def training(self, row: Row) -> Clips:
         rows = [(self.config.length, np.column_stack(
             [p.segments, p.labels + 1])) for p in self.train_plans]
-        read = lambda i, first, rng: self._clip(self.train_x[i], first)
-        return Clips(rows, read, PLANS["small"], self.config.stride,
+        x = self.train_frames if row.pixels else self.train_x
+        return Clips(rows, lambda i, first, rng: self._clip(x[i], first),
+                     PLANS["small"], 1 if row.pixels else self.config.stride,
                      row.contrast)
 
     def begin(self, net: OnFeatures) -> None:
@@ -1529,7 +1656,8 @@ class World:
         times = np.arange(self.config.length) / self.fps
         return as_table({v: scan(
             net, functools.partial(self._clip, x), times, PLANS["small"],
-            row, floor=0.005) for v, x in enumerate(self.test_x)})
+            row, floor=0.005) for v, x in enumerate(
+                self.test_frames if row.pixels else self.test_x)})
 
 
 def features_of(frames: np.ndarray, stride: int) -> Tensor:
@@ -1813,17 +1941,6 @@ class Videos:
                          for v, f in progress(self.test)})
 
 # %% ../nbs/chapters/afsd.ipynb #check_data
-@dataclass
-class DataCheck:
-    """What `check_data` found."""
-
-    usable: bool
-    lines: list[str]
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines)
-
-
 def check_data(data_root, flow: bool = False) -> DataCheck:
     """Look for THUMOS14 or ActivityNet-1.3 with videos, arrays or frames."""
     try:
@@ -1975,11 +2092,7 @@ def load_network(weights=None) -> tuple[nn.Module, dict]:
     weights: of a run, the authors' checkpoint, or None for those of the
     package. The second value has row, network, classes, stride, stream.
     """
-    path = Path(weights) if weights is not None else (
-        package_folder() / "weights" / "afsd.safetensors")
-    if weights is None and not path.exists():
-        raise UserError(f"{path}: the package has no weights of this "
-                        "chapter yet; give --weights")
+    path = weights_file("afsd", weights)
     about = (json.loads(read_metadata(path).get("about", "null"))
              if path.suffix == ".safetensors" else None)
     if about is None:
@@ -1991,6 +2104,9 @@ def load_network(weights=None) -> tuple[nn.Module, dict]:
         return net, {"row": "AFSD", "network": net.network,
                      "classes": list(names), "stride": net.detector.stride,
                      "stream": "flow" if colours == 2 else "rgb"}
+    if ROWS[about["row"]].pixels:
+        raise UserError(f"{path}: of the row {about['row']!r}; only rows on "
+                        "features are made for films")
     config = Config(network=about["network"], stride=about["stride"],
                     width=about["width"], stream=about["stream"], start=None)
     net = build(config, about["row"], len(about["classes"]))

@@ -105,6 +105,8 @@ def execute(notebook: Path, done: Path, parameters: Mapping,
         pm.execute_notebook(
             notebook, done, parameters=dict(parameters), cwd=notebook.parent,
             progress_bar=bars != "0", log_output=False,
+            # twice a cell it would write the whole notebook: 6 s of a run
+            request_save_on_cell_execute=False,
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"])
     except PapermillExecutionError as failure:
         error = f"{failure.ename}: {failure.evalue}".splitlines()[0]
@@ -153,21 +155,21 @@ def store(done: Path, source: Path, mark: Mapping) -> None:
     from execnb.nbio import read_nb, write_nb
     from nbdev.clean import clean_nb
 
-    nb = read_nb(done)
-    nb.cells = [c for c in nb.cells if "injected-parameters" not in
-                c.metadata.get("tags", [])]
-    for cell in nb.cells:
-        if not cell.metadata.get("tags"):           # papermill adds a list
-            cell.metadata.pop("tags", None)
+    outputs = {}
+    for cell in read_nb(done).cells:
         for output in cell.get("outputs", []):
             if output["output_type"] == "error" or \
                     output.get("name") == "stderr":
                 text = "".join(output.get("text", output.get("evalue", "")))
                 raise UserError(f"{source.name}: cell {cell.id!r} leaves "
                                 f"stderr or an error: {text[:100]!r}")
+        outputs[cell.id] = cell.get("outputs")
+    nb = read_nb(source)
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            cell.outputs = outputs[cell.id]
     clean_nb(nb, allowed_metadata_keys=["facebook_nb"],
              allowed_cell_metadata_keys=["tags", "mystnb"])
-    nb.metadata.pop("papermill", None)
     nb.metadata["facebook_nb"] = dict(mark)
     with write_atomic(source) as part:
         write_nb(nb, part)
@@ -487,6 +489,9 @@ def _keep(notebook: Path, root: Path, accept: bool) -> list[str]:
     """Store a finished run; returns where it leaves the ledger's numbers."""
     folder = root / "runs" / "book" / notebook.stem
     mark = stamp(notebook, "book")
+    if read_json(folder / "digest.json") != mark["digest"]:
+        return [f"{notebook.stem}: its code changed while it ran; not "
+                "stored, run it again"]
     lines = []
     if (folder / "metrics.json").exists():
         metrics = read_json(folder / "metrics.json")

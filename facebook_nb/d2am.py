@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['POOLED', 'BALANCED', 'RANDOM', 'TRUE', 'OURS', 'ROWS', 'ABLATIONS', 'TRACES', 'CLAIM', 'NUMBERS', 'OFFICIAL',
-           'WEIGHTS', 'Config', 'six_channels', 'DRLM', 'Look', 'Extractor', 'DepthHead', 'Embedder', 'D2AM', 'build',
+           'Config', 'six_channels', 'DRLM', 'Look', 'Extractor', 'DepthHead', 'Embedder', 'D2AM', 'build',
            'disguise_loss', 'split', 'domain_features', 'filter_features', 'pca', 'kmeans', 'contingency', 'relabel',
            'nmi', 'ari', 'pseudo_domains', 'mmd', 'draw_prior', 'Terms', 'adapted', 'see', 'meta_loss', 'epoch_rows',
            'Row', 'Collection', 'look_at', 'predict', 'find_domains', 'reestimate', 'train', 'equal_error', 'errors',
            'judge', 'depth_side', 'world_sets', 'probe_accuracy', 'clustering_scores', 'one_run', 'bootstrap',
            'judge_claim', 'measure', 'run', 'ship', 'RFMExtractor', 'RFMDepth', 'RFMEmbedder', 'load_official',
-           'load_detector', 'pictures_in', 'apply', 'read_depth', 'face_template', 'read_collection', 'video_scores',
-           'check_full', 'one_protocol', 'run_protocols', 'check_data']
+           'load_detector', 'apply', 'read_depth', 'face_template', 'read_collection', 'video_scores', 'check_full',
+           'one_protocol', 'run_protocols', 'check_data']
 
 # %% ../nbs/chapters/d2am.ipynb #imports
 import functools
@@ -29,10 +29,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .experiment import (
-    Claim, Report, RunFolder, Settings, generator, is_main, package_folder,
-    seed_everything, write_results)
+    Claim, Report, RunFolder, Settings, generator, is_main, seed_everything,
+    weights_file, write_results)
 from .files import (
-    IMAGE_SUFFIXES, UserError, load_strict, progress, read_image, read_weights,
+    UserError, load_strict, pictures_in, progress, read_image, read_weights,
     write_image, write_weights)
 from .metrics.verification import auc
 from .models.recognisers import crop_faces
@@ -74,12 +74,11 @@ class Config(Settings):
 
     CHAPTER: ClassVar[str] = "d2am"
     PRESETS: ClassVar = {
-        "smoke": {"people": 8, "photos": 2, "live": 16, "exam": 16,
+        "smoke": {"people": 8, "photos": 2, "live": 12, "exam": 12,
                   "epochs": 2, "epoch_steps": 2, "targets": (0,),
                   "ablation_targets": (0,), "n_seeds": 1, "width": 0.5,
                   "rows": ("pooled", "meta, random partition",
-                           "meta, true sites", "D2AM", "α = 0",
-                           "without DRLM", "classes together")},
+                           "meta, true sites", "D2AM", "α = 0")},
         "book": {},
         "full": {"side": 256, "network": "rfm", "epochs": 30, "batch": 10,
                  "epoch_steps": 288, "rate": 1e-3, "alpha": 1e-3,
@@ -99,15 +98,14 @@ def six_channels(x: Tensor) -> Tensor:
     HSV as Pillow has it: hue 0..1 once around, not OpenCV's 0..179.
     """
     x = x.float() / 255 if x.dtype == torch.uint8 else x
-    top, low = x.amax(1), x.amin(1)
-    spread = top - low
     r, g, b = x.unbind(1)
-    d = spread.clamp(min=1e-12)
-    hue = torch.where(r == top, (g - b) / d, torch.where(
-        g == top, 2 + (b - r) / d, 4 + (r - g) / d)) / 6 % 1
-    hue = hue * (spread > 0)
+    top, low = x.amax(1), x.amin(1)
+    spread, red, green = top - low, r == top, g == top
+    hue = torch.where(red, g - b, torch.where(green, b - r, r - g))
+    turn = torch.where(red, 6.0 * (g < b), torch.where(green, 2.0, 4.0))
+    hue = (hue / spread.clamp(min=1e-12) + turn) / 6
     s = spread / top.clamp(min=1e-12)
-    return torch.cat([x, torch.stack([hue, s, top], 1)], 1)
+    return torch.stack([r, g, b, hue, s, top], 1)
 
 # %% ../nbs/chapters/d2am.ipynb #DRLM
 class DRLM(nn.Module):
@@ -141,6 +139,12 @@ class Look(NamedTuple):
     mean: list[Tensor]
     var: list[Tensor]
     gates: list[Tensor] | None
+
+
+def _variance(x: Tensor, mean: Tensor) -> Tensor:
+    """Unbiased, of each channel; torch.var takes ten times as long."""
+    off = (x - mean[..., None, None]).square()
+    return off.sum((2, 3)) / (off[0, 0].numel() - 1)
 
 
 def _convs(*channels: int, pool: bool = False, stride: int = 1):
@@ -182,7 +186,7 @@ class Extractor(nn.Module):
             mean = x.float().mean((2, 3))
             look.mean.append(mean)
             if not self.training:               # only clustering asks
-                look.var.append(torch.var(x.float(), (2, 3)))
+                look.var.append(_variance(x.float(), mean))
             if self.drlm is not None:
                 a = self.drlm[j](mean)
                 look.gates.append(a)
@@ -201,7 +205,8 @@ class DepthHead(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> Tensor:
         size = maps[-1].shape[2:]
-        x = torch.cat([F.adaptive_avg_pool2d(m, size) for m in maps], 1)
+        x = torch.cat([m if m.shape[2:] == size else
+                       F.adaptive_avg_pool2d(m, size) for m in maps], 1)
         return self.conv(x)
 
 # %% ../nbs/chapters/d2am.ipynb #Embedder
@@ -327,10 +332,11 @@ def filter_features(x: Tensor, chunk: int = 256) -> Tensor:
     for part in x.split(chunk):
         z = six_channels(part)
         grey = z[:, :3].mean(1, keepdim=True)
-        some = [torch.var_mean(maps, (2, 3)) for maps in
+        some = [(maps, maps.mean((2, 3))) for maps in
                 (z, F.conv2d(grey, bank).abs())]
-        rows.append(torch.cat([torch.cat([mean, (var + 1e-5).sqrt()], 1)
-                               for var, mean in some], 1))
+        rows.append(torch.cat([torch.cat(
+            [mean, (_variance(maps, mean) + 1e-5).sqrt()], 1)
+            for maps, mean in some], 1))
     f = torch.cat(rows)
     return (f - f.mean(0)) / f.std(0).clamp(min=1e-6)
 
@@ -423,23 +429,20 @@ def ari(a: Tensor, b: Tensor) -> float:
 # %% ../nbs/chapters/d2am.ipynb #pseudo_domains
 def pseudo_domains(df: Tensor, y: Tensor, K: int, g: torch.Generator,
                    before: Tensor | None = None, classes: str = "apart",
-                   pairing: str = "offset", standardise: bool = True,
-                   whiten: int | None = None):
+                   pairing: str = "offset", standardise: bool = True):
     """Pseudo-domain of each sample: (n,) int64 in 0..K−1.
 
     df: (n, d) domain features; y: (n,) 1 live, 0 spoof; before: last
     epoch's, whose names are kept. classes: "apart" clusters live and spoof
     by themselves and pairs the clusters, by centroids from each class's own
     mean ("offset"), by "size", or as they come ("none"); or "together".
-    standardise: give every column of df the same deviation first; whiten:
-    keep so many principal components, all with the same deviation.
+    standardise: give every column of df the same deviation first.
     """
     from scipy.optimize import linear_sum_assignment
 
     if standardise:
         df = (df - df.mean(0)) / df.std(0).clamp(min=1e-8)
-    x = pca(df, whiten or 256)
-    x = x / x.std(0).clamp(min=1e-8) if whiten else x
+    x = pca(df, 256)
     if classes == "together":
         found = kmeans(x, K, g)[0]
     else:
@@ -577,8 +580,8 @@ def meta_loss(net: D2AM, x: Tensor, y: Tensor, depth: Tensor, K: int,
             thetas.append({k: p - terms.alpha * g for (k, p), g in
                            zip(theta.items(), grads)})
     if K > 1:
-        logit, h = (t[:, -len(ys[-1]):] for t in
-                    adapted(M, thetas or [theta], z))
+        logit, h = (t[:, -len(ys[-1]):] for t in adapted(
+            M, thetas, z)) if thetas else (t[None] for t in next(answers))
         times = (K - 1) / len(logit)            # α = 0: all θ′ are θ
         target = ys[-1].expand_as(logit)
         parts["test"] += times * _bce(logit, target) * len(logit)
@@ -636,11 +639,9 @@ class Row:
     terms: Terms = Terms()
     K: int | None = None                # None: that of the settings
     alpha: float | None = None
-    norm: str | None = None
     drlm: bool = True
     again: bool = True
     classes: str = "apart"
-    whiten: int | None = None           # components, see pseudo_domains
 
 
 POOLED, BALANCED, RANDOM, TRUE, OURS = (
@@ -649,18 +650,9 @@ POOLED, BALANCED, RANDOM, TRUE, OURS = (
 ROWS = {POOLED: Row("none"), BALANCED: Row("site", alpha=0.0),
         RANDOM: Row("random"), TRUE: Row("site"), OURS: Row()}
 ABLATIONS = {
-    "α = 0": Row(alpha=0.0), "α = 0.001": Row(alpha=1e-3),
-    "α = 1": Row(alpha=1.0),
-    "without L_p": Row(terms=Terms(disguise=0)),
-    "L_p as printed": Row(terms=Terms(entropy="p_log_p")),
-    "trained referee": Row(terms=Terms(probe="trained")),
+    "α = 0": Row(alpha=0.0), "α = 1": Row(alpha=1.0), "K = 2": Row(K=2),
     "without MMD": Row(terms=Terms(mmd=0)),
-    "without DRLM": Row(drlm=False),
-    "clusters once": Row(again=False),
-    "8 components, whitened": Row(whiten=8),
-    "classes together": Row(classes="together"),
-    "norms by domain": Row(norm="domain"),
-    "K = 2": Row(K=2), "K = 5": Row(K=5)}
+    "without DRLM": Row(drlm=False), "clusters once": Row(again=False)}
 
 # %% ../nbs/chapters/d2am.ipynb #Collection
 class Collection(NamedTuple):
@@ -722,13 +714,12 @@ def find_domains(net, row: Row, data: Collection, K: int, epoch: int,
     else:
         df, = look_at(net.E, data.images, "domain" if row.drlm else "plain",
                       device=device)
-    return pseudo_domains(df, data.live, K, g, before, row.classes,
-                          whiten=row.whiten)
+    return pseudo_domains(df, data.live, K, g, before, row.classes)
 
 # %% ../nbs/chapters/d2am.ipynb #reestimate
 @torch.no_grad()
 def reestimate(net: D2AM, images: Tensor, g: torch.Generator, device="cpu",
-               batch: int = 64) -> None:
+               batch: int = 64, enough: int = 512) -> None:
     """Running statistics anew, from mixed batches of (n, 3, h, w) uint8.
 
     Those of training are averages over single domains: they lack what lies
@@ -740,7 +731,8 @@ def reestimate(net: D2AM, images: Tensor, g: torch.Generator, device="cpu",
         m.reset_running_stats()
         m.momentum = None                       # a plain average
     net.train()
-    for rows in torch.randperm(len(images), generator=g).split(batch):
+    order = torch.randperm(len(images), generator=g)[:enough]
+    for rows in order.split(batch):
         if len(rows) == batch or len(images) < batch:
             net(six_channels(images[rows].to(device)))
     for m, momentum in zip(norms, kept):
@@ -755,7 +747,7 @@ def train(config: Config, row: Row, data: Collection, seed: int,
     device, ranks = group.device, group.count
     alpha = config.alpha if row.alpha is None else row.alpha
     terms = replace(row.terms, alpha=alpha, cut=config.cut,
-                    norm=row.norm or config.norm)
+                    norm=config.norm)
     seed_everything(seed)
     net = build(config, row.drlm).to(device)
     optimizer = torch.optim.Adam(net.parameters(), config.rate)
@@ -836,6 +828,7 @@ def depth_side(config: Config) -> int:
     return config.side // (8 if config.network == "rfm" else 4)
 
 # %% ../nbs/chapters/d2am.ipynb #world_sets
+@functools.lru_cache(maxsize=1)                 # all runs of a seed share it
 def world_sets(config: Config, subjects: Subjects, seed: int) -> dict:
     """train, dev and test of all sites, people disjoint: name → Collection.
 
@@ -916,10 +909,10 @@ def one_run(config: Config, row: Row, sets: Mapping, target: int,
     net = train(config, row, data, seed, watch=watch)
     p, q = predict(net, dev.images)[0], predict(net, test.images)[0]
     found = judge(p.numpy(), dev.live.numpy(), q.numpy(), test.live.numpy())
-    names = ("plain", "task", "domain")
-    f, t = (dict(zip(names, look_at(net.E, x.images, *names)))
-            for x in (data, dev))
-    if row.drlm:
+    if row.drlm and row.domains == "found":
+        names = ("plain", "task", "domain")
+        f, t = (dict(zip(names, look_at(net.E, x.images, *names)))
+                for x in (data, dev))
         found |= {f"probe {n}": probe_accuracy(f[n], data.live, t[n],
                                                dev.live) for n in names}
         for n in ("plain", "domain"):
@@ -977,7 +970,7 @@ def measure(config: Config, found: Mapping, names, seconds) -> Report:
     """The report on runs: found[seed, row, target] is what `one_run` gave.
 
     names: of the targets. Rows of ABLATIONS have fewer targets; their
-    "gain" is D2AM's AUC minus theirs on the same ones.
+    "gain" is their AUC minus D2AM's on the same ones.
     """
     metrics, arrays, aucs = {}, {}, {}
     rows = list(dict.fromkeys(row for _, row, _ in found))
@@ -1025,26 +1018,24 @@ def run(config: Config) -> Report:
     subjects = Subjects(*map(torch.as_tensor, folder.step(
         "faces", lambda: _subjects(
             config.people, config.photos)._asdict()).values()))
+    state = {k: torch.as_tensor(np.asarray(v)) for k, v in folder.step(
+        "weights", lambda: ship(config, subjects)).items()}
+    if is_main():
+        write_weights(folder.path / "weights.safetensors", state)
     rows = config.rows or (*ROWS, *ABLATIONS)
     for seed in config.seeds:
-        sets = None
         for name in progress(rows, label=f"seed {seed}"):
             row = (ROWS | ABLATIONS)[name]
             for t in (config.targets if name in ROWS
                       else config.ablation_targets):
                 def compute(t=t, row=row, name=name, seed=seed):
-                    nonlocal sets
-                    sets = sets or world_sets(config, subjects, seed)
-                    return one_run(config, row, sets, t, seed, name == OURS
-                                   and (seed, t) == (config.seed,
-                                                     config.targets[0]))
+                    draw = name == OURS and (seed, t) == (
+                        config.seed, config.targets[0])
+                    return one_run(config, row, world_sets(
+                        config, subjects, seed), t, seed, draw)
 
                 found[seed, name, t] = folder.step(
                     f"seed{seed}/{name.replace(' ', '_')}/{t}", compute)
-    state = {k: torch.as_tensor(np.asarray(v)) for k, v in folder.step(
-        "weights", lambda: ship(config, subjects)).items()}
-    if is_main():
-        write_weights(folder.path / "weights.safetensors", state)
     report = measure(config, found, [s.name for s in SITES], folder.seconds)
     report.arrays |= {f"weights/{k}": v.numpy() for k, v in state.items()}
     report.save(folder.path)
@@ -1108,16 +1099,13 @@ def load_official(weights, network: str | None = None) -> nn.Module:
     return load_strict(OFFICIAL[network](), weights).eval()
 
 # %% ../nbs/chapters/d2am.ipynb #load_detector
-WEIGHTS = package_folder() / "weights" / "d2am.safetensors"
-
-
 def load_detector(weights=None) -> tuple[D2AM, int, float]:
     """A trained network, the side of its pictures, and its threshold.
 
     weights: those that `run` leaves, or a path; None: those of the book.
     """
     state = dict(weights) if isinstance(weights, Mapping) else read_weights(
-        weights or WEIGHTS)
+        weights_file("d2am", weights))
     threshold = float(state.pop("threshold", 0.5))
     stem = state.get("E.inc.conv.0.weight")
     if stem is None:
@@ -1127,17 +1115,6 @@ def load_detector(weights=None) -> tuple[D2AM, int, float]:
         "book", width=len(stem) / 8)
     net = build(config, any(k.startswith("E.drlm") for k in state))
     return load_strict(net, state).eval(), config.side, threshold
-
-# %% ../nbs/chapters/d2am.ipynb #pictures_in
-def pictures_in(inputs) -> list[Path]:
-    """Files, and the pictures in folders and their folders, in order."""
-    found = []
-    for path in map(Path, [inputs] if isinstance(inputs, str | Path)
-                    else inputs):
-        inside = sorted(p for p in path.rglob("*")
-                        if p.suffix.lower() in IMAGE_SUFFIXES)
-        found += inside if path.is_dir() and inside else [path]
-    return found
 
 # %% ../nbs/chapters/d2am.ipynb #apply
 def apply(inputs, weights=None, out_dir=None) -> list[dict]:

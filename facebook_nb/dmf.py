@@ -7,8 +7,8 @@ __all__ = ['GATES', 'MEAN', 'STD', 'ROWS', 'WORLDS', 'TRAIN_SCRIPTS', 'TEST_SCRI
            'velocity', 'integrate', 'gain', 'gain_slope', 'sampled_filter', 'MetaFilter', 'score_maps', 'DMF',
            'literal_scores', 'benchmark', 'episode_loss', 'block_mask', 'ResidualBlock', 'ResNet12', 'Conv4',
            'authors_rate', 'load_official', 'fixed_episodes', 'Episodes', 'normalised', 'augmented', 'Config',
-           'quarter_turns', 'world_splits', 'check_data', 'ProtoNet', 'build', 'pretrain', 'train_row', 'features',
-           'evaluate', 'interval', 'judge', 'run_row', 'run', 'restore', 'apply']
+           'quarter_turns', 'world_splits', 'check_data', 'ProtoNet', 'CrossAttention', 'build', 'pretrain',
+           'train_row', 'features', 'evaluate', 'interval', 'judge', 'run_row', 'run', 'restore', 'apply']
 
 # %% ../nbs/chapters/dmf.ipynb #imports
 import math
@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .experiment import (
-    Claim, Report, RunFolder, Settings, is_main, write_results)
+    Claim, Report, RunFolder, Settings, is_main, weights_file, write_results)
 from .files import (
-    IMAGE_SUFFIXES, UserError, load_strict, progress, read_image,
+    DataCheck, UserError, load_strict, pictures_in, progress, read_image,
     read_metadata, read_weights, write_image, write_weights)
 from .readers.fewshot import (
     Split, check_splits, find_data, fitted, read_splits)
@@ -115,7 +115,7 @@ def gain(f: Tensor, kind: str = "rk4") -> Tensor:
     step), "exact" (e^f) or "none" (1). Returns the shape of f.
     """
     if kind == "rk4":
-        return 1 + f * (1 + f / 2 * (1 + f / 3 * (1 + f / 4)))
+        return 1 + f * (1 + f * (1 / 2 + f * (1 / 6 + f / 24)))
     if kind == "midpoint":
         return 1 + f * (1 + f / 2)
     if kind == "euler":
@@ -130,7 +130,7 @@ def gain(f: Tensor, kind: str = "rk4") -> Tensor:
 def gain_slope(f: Tensor, kind: str = "rk4") -> Tensor:
     """The derivative of `gain` with respect to f."""
     if kind == "rk4":
-        return 1 + f * (1 + f / 2 * (1 + f / 3))
+        return 1 + f * (1 + f * (1 / 2 + f / 6))
     if kind == "midpoint":
         return 1 + f
     if kind == "exact":
@@ -675,16 +675,17 @@ def augmented(x: Tensor) -> Tensor:
 # %% ../nbs/chapters/dmf.ipynb #ROWS
 ROWS = {
     "ProtoNet": {},
+    "cross attention": {},
     "no gate": {"gate": "none"},
     "gate over positions": {"groups": 1},
     "gate over channels": {"gate": "channels"},
     "no offsets": {"sampling": False},
     "DMF": {},
-    "DMF, g = 4": {"groups": 4},
     "no gate, loud": {"gate": "none", "loud": True},
     "DMF, loud": {"loud": True},
-    "DMF, g = 64": {"groups": 64},          # from here on in no preset,
-    "one Euler step": {"kind": "euler"},    # for time
+    "DMF, g = 4": {"groups": 4},            # from here on in no preset,
+    "DMF, g = 64": {"groups": 64},          # for time
+    "one Euler step": {"kind": "euler"},
     "no global loss": {},
 }
 WORLDS = ("strokes", "characters")
@@ -714,29 +715,31 @@ class Config(Settings):
     queries: int = 6            # of a class, in training
     episodes: int = 1           # a step
     pretrain: int = 300         # steps of the global loss alone
-    steps: int = 250            # of episodes, for each row
+    steps: int = 200            # of episodes, for each row
     warm: int = 0               # steps over which the rate rises
     rate: float = 1e-3
     optimiser: Literal["adamw", "sgd"] = "adamw"
     augment: bool = False
     test_episodes: int = 400
+    test_queries: int = 6       # of a class; the authors' test asks 15
     timed: tuple[int, ...] = (1, 5)     # shots of the head that is timed
     precision: Literal["no", "bf16"] = "no"
     checkpoint_every: int | None = None     # steps; None: no checkpoints
 
     CHAPTER: ClassVar[str] = "dmf"
     PRESETS: ClassVar = {
-        "smoke": {"n_seeds": 1, "base": 8, "novel": 6, "each": 22, "limit": 6,
+        "smoke": {"n_seeds": 1, "base": 8, "novel": 6, "each": 12, "limit": 5,
                   "timed": (), "pretrain": 2, "steps": 2, "test_episodes": 4,
-                  "rows": ("ProtoNet", "no gate", "gate over channels",
-                           "DMF", "DMF, loud")},
+                  "test_queries": 3,
+                  "rows": ("ProtoNet", "cross attention", "no gate",
+                           "gate over channels", "DMF", "DMF, loud")},
         "book": {},
         "full": {"n_seeds": 1, "timed": (), "worlds": ("miniimagenet",),
                  "rows": ("ProtoNet", "no gate", "DMF"),
                  "backbone": "resnet12", "size": 84, "groups": 64,
                  "kernel": 5, "episodes": 4, "pretrain": 0, "steps": 28500,
                  "warm": 1500, "rate": 0.35, "optimiser": "sgd",
-                 "augment": True, "test_episodes": 2000,
+                 "augment": True, "test_episodes": 2000, "test_queries": 15,
                  "precision": "bf16", "checkpoint_every": 1500}}
 
 # %% ../nbs/chapters/dmf.ipynb #quarter_turns
@@ -749,6 +752,7 @@ def quarter_turns(split: Split) -> Split:
     return Split(turned, labels, classes, split.size)
 
 # %% ../nbs/chapters/dmf.ipynb #world_splits
+@lru_cache(maxsize=1)       # rows of one world and seed follow each other
 def world_splits(config: Config, world: str, seed: int) -> tuple:
     """(base, novel) classes of a world: two `Split`s."""
     def split(pictures, names=None):
@@ -762,22 +766,17 @@ def world_splits(config: Config, world: str, seed: int) -> tuple:
         return split(pictures[:config.base]), split(pictures[config.base:])
     if world == "characters":
         return tuple(split(*font_characters(
-            scripts, 22, seed, config.size, config.limit))
+            scripts, min(22, config.each), seed, config.size, config.limit))
             for scripts in (TRAIN_SCRIPTS, TEST_SCRIPTS))
-    splits = _read(str(config.data_root), world, config.size)
-    return splits["train"], splits["test"]
-
-
-@lru_cache(maxsize=1)
-def _read(root: str, name: str, size: int) -> dict:
-    splits = read_splits(root, name, size)
-    if name == "omniglot":      # flips make other characters, turns do too:
-        splits["train"] = quarter_turns(splits["train"])    # more classes
-    return splits
+    splits = read_splits(config.data_root, world, config.size)
+    base, novel = splits["train"], splits["test"]
+    if world == "omniglot":     # a turned character is another one
+        base = quarter_turns(base)
+    return base, novel
 
 # %% ../nbs/chapters/dmf.ipynb #check_data
-def check_data(data_root: str | Path):
-    """Look for few-shot data sets: `.usable`, and `str()` tells what is."""
+def check_data(data_root: str | Path) -> DataCheck:
+    """Which few-shot data sets are under a folder."""
     return check_splits(data_root)
 
 
@@ -819,6 +818,42 @@ class ProtoNet(nn.Module):
             return scores
         return self.global_clasifier(x.flatten(0, 1)), scores[..., None, None]
 
+# %% ../nbs/chapters/dmf.ipynb #CrossAttention
+class CrossAttention(nn.Module):
+    """A rival: the positions of query and class weigh each other.
+
+    base, channels, classes: as in `DMF`, and called like it; places: h·w of
+    the maps. Source: eq. dmf-attention, after Hou et al. 2019.
+    """
+
+    def __init__(self, base, channels=640, classes=64, places=121):
+        super().__init__()
+        self.base = base
+        self.temperature = nn.Parameter(torch.tensor(10.0))
+        self.fuse = nn.Sequential(nn.Linear(places, places // 6), nn.ReLU(),
+                                  nn.Linear(places // 6, places))
+        self.global_clasifier = nn.Conv2d(channels, classes, 1)
+
+    forward = DMF.forward
+
+    def attention(self, r: Tensor) -> Tensor:
+        """Gains (…, m), in 1 to 2, from cosines r (…, m, m) by rows."""
+        u = self.fuse(r.mean(-2, keepdim=True))
+        return 1 + ((r * u).mean(-1) / 0.025).softmax(-1)
+
+    def head(self, support: Tensor, x: Tensor, labels: Tensor):
+        s = class_maps(support, labels).flatten(3)          # (b, n, C, m)
+        q, unit = x.flatten(3), partial(F.normalize, dim=2)  # (b, Q, C, m)
+        r = torch.einsum("bnci,bqcp->bqnip", unit(s), unit(q))
+        w = torch.einsum("bqni,bnci->bqnc", self.attention(r), s)
+        w = self.temperature * F.normalize(w, dim=3)
+        if self.training:       # the query's own gains cancel in a cosine
+            maps = torch.einsum("bqcp,bqnc->bqnp", unit(q), w)
+            maps = maps.unflatten(3, x.shape[3:]).flatten(0, 1)
+            return self.global_clasifier(x.flatten(0, 1)), maps
+        pooled = torch.einsum("bqnp,bqcp->bqnc", self.attention(r.mT), q)
+        return (F.normalize(pooled, dim=3) * w).sum(3).flatten(0, 1)
+
 # %% ../nbs/chapters/dmf.ipynb #build
 def build(config: Config, row: str, classes: int) -> nn.Module:
     """The network of a row of the table, untrained."""
@@ -826,6 +861,10 @@ def build(config: Config, row: str, classes: int) -> nn.Module:
         pools=(True, True, config.size > 48, False))
     if row == "ProtoNet":
         return ProtoNet(base, base.channels, classes)
+    if row == "cross attention":
+        with torch.no_grad():
+            one = base.eval()(torch.zeros(1, 3, config.size, config.size))
+        return CrossAttention(base, base.channels, classes, one[0, 0].numel())
     options = {"groups": config.groups, "kernel": config.kernel, **ROWS[row]}
     return DMF(base, base.channels, classes, **options)
 
@@ -919,24 +958,29 @@ def features(model: nn.Module, split: Split, label: str = "") -> Tensor:
     parts = torch.arange(len(split)).split(256)
     return torch.cat([
         model.base(normalised(split.load(part).to(device))).to(kind)
+        .contiguous()           # quicker to sample from than channels-last
         for part in progress(parts, label=label)])
 
 # %% ../nbs/chapters/dmf.ipynb #evaluate
 @torch.no_grad()
 def evaluate(model: nn.Module, split: Split, shots: Sequence[int], way: int,
-             count: int, maps: Tensor | None = None) -> dict:
-    """{"1-shot": (count,) accuracies of the fixed episodes, …}."""
+             count: int, queries: int = 15,
+             maps: Tensor | None = None) -> dict:
+    """{"1-shot": (count,) accuracies of the fixed episodes, …}.
+
+    queries: of each class in an episode; maps: `features`, if at hand.
+    """
     model.eval()
     maps = features(model, split) if maps is None else maps
     found = {}
     for shot in shots:
         support, query = map(torch.from_numpy, fixed_episodes(
-            split.labels, count, way, shot))
+            split.labels, count, way, shot, queries))
         rank = torch.arange(way, device=maps.device)
         labels = rank.repeat_interleave(shot)
-        truth = rank.repeat_interleave(query.shape[1] // way)
+        truth = rank.repeat_interleave(queries)
         hits = []
-        for s, q in zip(support.split(8), query.split(8)):
+        for s, q in zip(support.split(2), query.split(2)):   # fit a cache
             scores = model.head(maps[s].float(), maps[q].float(),
                                 labels.expand(len(s), -1))
             right = scores.argmax(1).view(len(s), -1) == truth
@@ -985,7 +1029,7 @@ def run_row(config: Config, folder: RunFolder, world: str, seed: int,
         model = train_row(config, row, base, start, seed, folder.path,
                           f"{place}/{row}")
         found = evaluate(model, novel, shots, config.way,
-                         config.test_episodes)
+                         config.test_episodes, config.test_queries)
         weights = model.state_dict(prefix="model.") if keep else {}
         return found | {k: v.cpu() for k, v in weights.items()}
 
@@ -1049,12 +1093,7 @@ def restore(weights: str | Path | None = None) -> tuple[DMF, int]:
     weights: of a run of this chapter (.safetensors), or the authors'; None:
     the small ones that come with the package.
     """
-    if weights is None:
-        weights = Path(__file__).parent / "weights" / "dmf.safetensors"
-        if not weights.exists():
-            raise UserError("dmf: no weights came with the package; give "
-                            "--weights, a run's weights.safetensors")
-    path = Path(weights)
+    path = weights_file("dmf", weights)
     about = read_metadata(path) if path.suffix == ".safetensors" else {}
     if about.get("chapter") != "dmf":
         return load_official(path), 84
@@ -1073,7 +1112,7 @@ def _support(folder: str | Path, size: int) -> tuple:
     pictures, labels, names, errors = [], [], [], []
     for place in sorted(p for p in folder.iterdir() if p.is_dir()):
         good = []
-        for path in _pictures(place):
+        for path in pictures_in(place):
             try:
                 good.append(fitted(read_image(path), size))
             except UserError as error:
@@ -1086,11 +1125,6 @@ def _support(folder: str | Path, size: int) -> tuple:
         raise UserError(f"{folder}: {len(names)} folders with pictures; "
                         "at least two classes are needed")
     return torch.stack(pictures), torch.tensor(labels), names, errors
-
-
-def _pictures(place: Path) -> list[Path]:
-    return sorted(p for p in place.iterdir()
-                  if p.suffix.lower() in IMAGE_SUFFIXES)
 
 
 def _where(picture: Tensor, scores: Tensor, top: int) -> np.ndarray:
@@ -1123,9 +1157,8 @@ def apply(inputs, weights=None, out_dir=None) -> list[dict]:
     pictures, labels, names, rows = _support(inputs[0], size)
     ready = lambda x: model.base(normalised(x))
     support = class_maps(ready(pictures)[None], labels[None])
-    paths = [q for p in map(Path, inputs[1:])
-             for q in (_pictures(p) if p.is_dir() else [p])]
-    for number, path in enumerate(progress(paths, label="dmf")):
+    paths = progress(pictures_in(inputs[1:]), label="dmf")
+    for number, path in enumerate(paths):
         try:
             picture = fitted(read_image(path), size)
         except UserError as error:

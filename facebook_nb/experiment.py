@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PACKAGE', 'PACKAGES', 'Settings', 'is_main', 'wait_for_all', 'source_digest', 'module_digest', 'device_name',
-           'environment', 'package_folder', 'RunFolder', 'Claim', 'Report', 'Table', 'result_table', 'glue_report',
-           'book_root', 'read_ledger', 'record', 'differences', 'write_results']
+           'environment', 'package_folder', 'weights_file', 'RunFolder', 'Claim', 'Report', 'Table', 'result_table',
+           'glue', 'glue_report', 'book_root', 'read_ledger', 'record', 'differences', 'write_results']
 
 # %% ../nbs/foundations/experiment.ipynb #imports
 import ast
@@ -286,6 +286,21 @@ def package_folder() -> Path:
     """The folder of the installed package."""
     return Path(importlib.util.find_spec(PACKAGE).origin).parent
 
+
+def weights_file(chapter: str, weights: str | Path | None = None) -> Path:
+    """The file that `weights` names; None: the chapter's, in the package.
+
+    Raises UserError when it is not there.
+    """
+    if weights is None:
+        path = package_folder() / "weights" / f"{chapter}.safetensors"
+        fix = f"make it with `facebook-nb run {chapter}`"
+    else:
+        path, fix = Path(weights), "give the path of a file of weights"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {fix}")
+    return path
+
 # %% ../nbs/foundations/experiment.ipynb #RunFolder
 class RunFolder:
     """The folder of one run: its settings, finished steps and reports.
@@ -495,24 +510,39 @@ def _slug(text: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in text.lower()).strip("-")
 
 
+def glue(name: str, value) -> None:
+    """Offer a number, a text or a figure to the pages, by its name.
+
+    As `myst_nb.glue` without display, which imports Sphinx for a second.
+    """
+    from IPython.core.formatters import format_display_data
+    from IPython.display import display
+
+    if isinstance(value, np.generic):       # its repr is not a number
+        value = value.item()
+    data, about = format_display_data(value)
+    mark = "application/papermill.record/"
+    display({mark + kind: shown for kind, shown in data.items()}, raw=True,
+            metadata=about | {"scrapbook": {"name": name,
+                                            "mime_prefix": mark}})
+
+
 def glue_report(report: Report, **more: float | str) -> None:
     """Offer a report's numbers to the text of its notebook.
 
     Keys: CHAPTER-ROW-METRIC (the mean over seeds) and CHAPTER-ROW-METRIC-std,
     CHAPTER-claim-effect, and CHAPTER-NAME for each further value.
     """
-    from myst_nb import glue
-
     slug = report.chapter
     for row, columns in report.metrics.items():
         for metric in columns:
             key = f"{slug}-{_slug(row)}-{_slug(metric)}"
-            glue(key, report.mean(row, metric), display=False)
-            glue(key + "-std", report.std(row, metric), display=False)
-    glue(f"{slug}-claim-effect", report.claim.effect, display=False)
-    glue(f"{slug}-seeds", len(report.seeds), display=False)
+            glue(key, report.mean(row, metric))
+            glue(key + "-std", report.std(row, metric))
+    glue(f"{slug}-claim-effect", report.claim.effect)
+    glue(f"{slug}-seeds", len(report.seeds))
     for name, value in more.items():
-        glue(f"{slug}-{_slug(name)}", value, display=False)
+        glue(f"{slug}-{_slug(name)}", value)
 
 # %% ../nbs/foundations/experiment.ipynb #ledger
 def book_root() -> Path:
@@ -551,8 +581,11 @@ def differences(new: Mapping, old: Mapping) -> list[str]:
     """
     lines = []
     for row, columns in old["metrics"].items():
+        if row not in new["metrics"]:
+            lines.append(f"{old['chapter']}: {row}: not measured any more")
+            continue
         for metric, was in columns.items():
-            now = new["metrics"].get(row, {}).get(metric)
+            now = new["metrics"][row].get(metric)
             name = f"{old['chapter']}: {row}, {metric}"
             if now is None:
                 lines.append(f"{name}: not measured any more")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'IMAGE_SUFFIXES', 'UserError', 'write_atomic', 'write_json', 'read_json', 'decode_image', 'read_image',
-           'write_image', 'pictures_in', 'tensors_digest', 'write_weights', 'read_metadata', 'read_weights',
-           'load_strict', 'progress']
+           'write_image', 'pictures_in', 'DataCheck', 'tensors_digest', 'write_weights', 'read_metadata',
+           'read_weights', 'load_strict', 'progress']
 
 # %% ../nbs/foundations/files.ipynb #imports
 import hashlib
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 # %% ../nbs/foundations/files.ipynb #UserError
@@ -186,6 +187,17 @@ def pictures_in(inputs, suffixes=IMAGE_SUFFIXES) -> list[Path]:
                         if p.suffix.lower() in suffixes)
         found += inside if path.is_dir() and inside else [path]
     return found
+
+# %% ../nbs/foundations/files.ipynb #DataCheck
+@dataclass
+class DataCheck:
+    """What a folder of data holds: whether it will do, and why, in lines."""
+
+    usable: bool
+    lines: list[str]
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
 
 # %% ../nbs/foundations/files.ipynb #tensors_digest
 def tensors_digest(tensors: Mapping) -> str:

@@ -8,8 +8,8 @@ __all__ = ['DATA', 'STUDENTS', 'VGG', 'ROWS', 'FILES', 'CLASSES', 'MEASURES', 'S
            'carlini_wagner', 'boundary_images', 'DastNet', 'DastBranch', 'DastTrunk', 'dast_images', 'Vgg',
            'load_official', 'Store', 'strokes', 'network', 'augment', 'probe', 'Method', 'still_statistics', 'Dreams',
            'steal', 'store_all', 'eight_bit', 'fooled', 'evaluate', 'read_idx', 'read_cifar', 'read_tiny',
-           'find_folder', 'read_data', 'Found', 'check_data', 'split', 'make_target', 'plane', 'verdicts', 'universal',
-           'area', 'run_row', 'paired', 'summarise', 'run', 'local_target', 'apply']
+           'find_folder', 'read_data', 'check_data', 'split', 'make_target', 'plane', 'verdicts', 'universal', 'area',
+           'run_row', 'paired', 'summarise', 'run', 'local_target', 'apply']
 
 # %% ../nbs/chapters/substitute.ipynb #imports
 import gzip
@@ -33,7 +33,7 @@ from facebook_nb.experiment import (
     Claim, Report, RunFolder, Settings, generator, seed_everything,
     write_results)
 from facebook_nb.files import (
-    UserError, load_strict, progress, read_image, write_image,
+    DataCheck, UserError, load_strict, progress, read_image, write_image,
     write_weights)
 from .readers.fewshot import read_pickle
 
@@ -52,8 +52,8 @@ class Config(Settings):
     targets: tuple[str, ...] = ("cnn", "svc", "forest")
     rows: tuple[str, ...] = (           # of ROWS; none: all of them
         "noise", "JBDA", "DaST-like", "DFME", "DDG, no diversity", "DDG",
-        "DDG + random ε", "DDG + AST", "DaST-like, labels", "DDG, labels",
-        "DDG + AST, labels", "DDG + AST, two digits", "real images")
+        "DDG + random ε", "DDG + AST", "DDG, labels", "DDG + AST, labels",
+        "DDG + AST, two digits", "real images")
     student: STUDENTS = "small"
     students: tuple[STUDENTS, ...] = ("mlp", "cnn")     # in turn, for "DDG"
     hard_rows: tuple[str, ...] = (      # against a target that was hardened
@@ -1291,18 +1291,7 @@ def read_data(name: str, data_root: str | Path | None) -> dict:
             else read_cifar(folder, name == "cifar100"))
 
 # %% ../nbs/chapters/substitute.ipynb #check_data
-@dataclass
-class Found:
-    """What of the data sets is in a folder, a line each."""
-
-    lines: list[str]
-    usable: bool
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines)
-
-
-def check_data(data_root: str | Path | None) -> Found:
+def check_data(data_root: str | Path | None) -> DataCheck:
     """Look for the data sets of the full preset and read those found."""
     lines, usable = [], False
     for name in FILES:
@@ -1323,7 +1312,7 @@ def check_data(data_root: str | Path | None) -> Found:
         lines.append("Put MNIST's idx files, cifar-10-batches-bin, "
                      "cifar-100-binary or tiny-imagenet-200 there, or run "
                      "a preset that needs none of them: smoke, book")
-    return Found(lines, usable)
+    return DataCheck(usable, lines)
 
 # %% ../nbs/chapters/substitute.ipynb #split
 def split(data: Mapping, config: Config, seed: int) -> dict:

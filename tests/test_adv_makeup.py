@@ -78,6 +78,19 @@ def test_the_fast_identity_gradient_is_the_literal_one(src, crew):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5 * float(largest))
 
 
+def test_channels_last_changes_nothing(src):
+    for width in (1, 2, 3, 8):
+        torch.manual_seed(0)
+        G = A.Generator(width).train()
+        mine = G(src.crops)
+        assert src.crops.is_contiguous(memory_format=torch.channels_last)
+        theirs = G(src.crops.contiguous())
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+        a, b = (torch.cat([g.flatten() for g in torch.autograd.grad(y.square().sum(), G.weights)])
+                for y in (mine, theirs))
+        assert (a - b).abs().max() < 1e-4 * b.abs().max()
+
+
 def test_recognisers_get_no_gradient_and_each_is_held_out_in_turn():
     assert [A.split(list("abc"), t).judges[0] for t in range(3)] == list("abc")
     assert A.split(list("abcd"), 1, official=True) == (["c", "d"], ["a", "b"])
@@ -114,6 +127,14 @@ def test_ssim_and_the_scaling_to_it():
     x = torch.rand(3, 3, 40, 40, generator=torch.Generator().manual_seed(0)) * 2 - 1
     y = (x + 0.5 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))).clamp(-1, 1)
     assert (A.ssim(x, x) - 1).abs().max() < 1e-5 and (A.ssim(x, y) < 0.95).all()
+    k = torch.exp(-torch.arange(-5, 6).double().square() / 4.5)
+    k = torch.outer(k, k) / k.sum() ** 2
+    blur = lambda v: F.conv2d(v.double(), k.expand(3, 1, 11, 11), groups=3)
+    a, b = (x.double() + 1) / 2, (y.double() + 1) / 2               # the definition, window by window
+    ma, mb = blur(a), blur(b)
+    va, vb, cov = blur(a * a) - ma**2, blur(b * b) - mb**2, blur(a * b) - ma * mb
+    theirs = (2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))
+    torch.testing.assert_close(A.ssim(x, y).double(), theirs.mean((1, 2, 3)), rtol=0, atol=1e-5)
     level = torch.tensor([0.97, 0.9, 0.0])
     z = A.at_visibility(x, y, level)
     got = A.ssim(x, z)
@@ -233,8 +254,9 @@ def released(root, n=2):
 
 def test_the_released_set_is_read(tmp_path):
     released(tmp_path)
-    found = A.check_data(tmp_path)
-    assert found.usable and [len(found.files[k]) for k in A.PARTS] == [2, 2, 2] and not found.problems
+    found = A.read_makeup(tmp_path)
+    assert [len(found.files[k]) for k in A.PARTS] == [2, 2, 2] and not found.problems
+    assert A.check_data(tmp_path).usable
     assert found.orbit(found.files["before"][0]).box.shape == (17, 2)
     write_image(tmp_path / "Datasets_Makeup" / A.PARTS["before"] / "more.jpg", np.zeros((9, 9, 3), np.uint8))
     found = A.check_data(tmp_path / "Datasets_Makeup")
@@ -296,7 +318,47 @@ def test_a_folder_of_pictures_is_checked(tmp_path):
         write_image(tmp_path / f"{i}.png", np.zeros((20, 20, 3), np.uint8))
     (tmp_path / "cut.png").write_bytes(b"no")
     found = A.check_data(tmp_path)
-    assert found.usable and "cut.png" in str(found)
+    assert found.usable and "cut.png" in str(found) and "8 pictures of 8 people" in str(found)
+    for i in range(8):                                              # one folder is one person
+        (tmp_path / "one").mkdir(exist_ok=True)
+        (tmp_path / f"{i}.png").rename(tmp_path / "one" / f"{i}.png")
+    found = A.check_data(tmp_path)
+    assert not found.usable and "3 pictures of 1 people" in str(found)      # no more than three photos of a person
+
+
+def people_of(root, people, photos=2):
+    """Rendered faces as PERSON/PHOTO.png, a damaged one among them, and one picture of a person without a folder."""
+    for i in range(people.images.shape[0]):
+        x = (255 * people.images[i]).round().byte().permute(1, 2, 0).numpy()
+        name = f"p{i // photos}/{i % photos}.png" if i // photos else f"alone{i}.png"
+        write_image(root / name, np.pad(x, ((40, 40), (40, 40), (0, 0)), mode="edge"))
+    (root / "p1" / "cut.png").write_bytes(b"no")
+
+
+def test_people_in_folders_are_enrolled_with_another_photo(tmp_path):
+    pytest.importorskip("dlib")
+    people_of(tmp_path, A.render_portraits(8, 2, seed=31))
+    p = A.folder_portraits(tmp_path)
+    counts = torch.bincount(p.person).tolist()
+    assert sum(counts) >= 14 and max(counts) == 2 and counts[0] == 1        # what lies in the folder itself comes alone
+    config = A.Config.preset("smoke", data_root=tmp_path, sources=2)
+    c = A.cast(config, 0)
+    assert c.people.images.shape == c.enrolled.shape == (4, 3, 150, 150)
+    mirrored = [torch.equal(e, (2 * x - 1).flip(2)) for e, x in zip(c.enrolled, c.people.images)]
+    alone = [counts[i] == 1 for i in c.people.person.tolist()]
+    assert mirrored == alone and len(set(c.people.person.tolist())) == 4
+    marks = A.calibrate(A.judge(), p)
+    assert marks["AUC"] > 0.9                                       # there are genuine pairs now
+    with pytest.raises(UserError, match="at least 7"):
+        A.folder_portraits(tmp_path / "p1")
+
+
+def test_a_run_on_a_folder_of_people_ends(tmp_path):
+    pytest.importorskip("dlib")
+    people_of(tmp_path / "in", A.render_portraits(8, 2, seed=31))
+    report = A.run(A.Config.preset("smoke", data_root=tmp_path / "in", out_dir=tmp_path / "out", **TINY))
+    assert report.mean("recogniser: dlib", "AUC") > 0.9
+    assert np.isfinite(report.mean(A.OURS, "dlib gain"))
 
 
 def test_portraits_take_the_place_of_the_rendered(tmp_path):

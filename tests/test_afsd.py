@@ -288,6 +288,101 @@ def test_answer_leaves_out_what_a_row_has_not(world):
     assert (coarse.center.sigmoid() == 1).all() and afsd.answer(out, ROWS["AFSD"]) is out
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_pairs_of_perfect_probabilities_are_the_actions(seed):
+    plan = untrimmed(1, seed, "train", 512).plans[0]
+    p = torch.zeros(8, 512)
+    for (a, b), k in zip(plan.segments.astype(int), plan.labels):
+        p[0, a] = p[1, b] = 1
+        p[3 + k, a:b] = 1
+    seg, score = afsd.pair_up(p)
+    i, k = (score == 1).nonzero(as_tuple=True)
+    assert sorted(zip(seg[i].tolist(), k.tolist())) == sorted(zip(plan.segments.tolist(), plan.labels.tolist()))
+    found = afsd.thinned(seg, score)
+    table = {"video": np.zeros(len(found.score)), "label": found.label, "segment": found.segment, "score": found.score}
+    truth = {"video": np.zeros(len(plan.labels)), "label": plan.labels + 1, "segment": plan.segments}
+    assert afsd.mean_ap(truth, table, [0.999]).average == 1
+
+
+def test_pairs_equal_the_literal_form_and_may_be_none():
+    p = torch.rand(5, 60, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    at = [[t for t in range(60) if (t == 0 or q[t] > q[t - 1]) and (t == 59 or q[t] >= q[t + 1])] for q in p[:2]]
+    want = {(a, b): p[0, a] * p[1, b] * p[3:, a:b].mean(1) for a in at[0] for b in at[1] if a < b}
+    seg, score = afsd.pair_up(p, most=10_000)
+    assert len(seg) == len(want)
+    for (a, b), row in zip(seg.int().tolist(), score):
+        torch.testing.assert_close(row, want[a, b])
+    best = afsd.pair_up(p, most=7)[1]
+    assert len(best) == 7 and best.max() == score.max()
+    assert afsd.peaks(torch.tensor([1.0, 1, 0, 2, 2, 2, 1, 3])).tolist() == [0, 3, 7]
+    seg, score = afsd.pair_up(torch.rand(5, 1))         # one frame holds no pair
+    assert len(seg) == 0 and len(afsd.thinned(seg, score).score) == 0
+
+
+class Marked(torch.nn.Module):
+    """A pair network that reads its answers off the clip; x: (B, 4, F)."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return 40 * x[:, :2] - 20, 40 * x[:, 2:]
+
+
+@pytest.mark.parametrize("start", [10, 140, 300, 575])
+def test_scan_of_pairs_moves_clips_back_to_seconds(start):
+    signal = torch.zeros(4, 600 + 256)
+    signal[2] = 1
+    signal[0, start] = signal[1, start + 15] = 1
+    signal[2:, start:start + 15] = torch.tensor([[0.0], [1]])
+    times = np.arange(600) / 10
+    found = afsd.scan(Marked(), lambda o: signal[:, o:o + 256], times, PLANS["small"], ROWS["boundary pairs"])
+    best = found.score.argmax()
+    assert found.score[best] > 0.99 and found.label.tolist() == [1] * len(found.label)
+    torch.testing.assert_close(found.segment[best], torch.tensor([times[start], times[start] + 1.5]).float())
+
+
+def test_losses_of_pairs_weigh_rare_ones():
+    wanted = torch.zeros(1, 2, 100)
+    wanted[..., :10] = 1
+    ends, kind = torch.zeros(1, 2, 100, requires_grad=True), torch.zeros(1, 3, 100)
+    bounds, classes = afsd.pair_losses(ends, kind, wanted, torch.zeros(1, 100, dtype=torch.long))
+    assert bounds.item() == pytest.approx(np.log(2)) and classes.item() == pytest.approx(np.log(3))
+    bounds.backward()
+    assert ends.grad[..., :10].sum().item() == pytest.approx(-ends.grad[..., 10:].sum().item())
+
+
+def test_rows_on_pixels_train_their_trunk(world):
+    torch.manual_seed(0)
+    row = ROWS["window max on pixels"]
+    net, clips = afsd.build(SMOKE, "window max on pixels", 5), world.training(row)
+    world.begin(net)
+    batch = clips.__getitems__([0, 0])
+    assert batch["x"].shape == (2, 1, 256, 32, 32) and batch["x"].dtype == torch.uint8
+    assert net._maps(batch["x"])[0].shape == (2, 32, 128, 4, 4)
+    afsd.objective(net, batch, 0, row, PLANS["small"], 3.0, contrast=False)["loss"].backward()
+    assert all(p.grad.any() for p in net.trunk.parameters())
+    assert len(world.find(net, row)["score"])
+
+
+def test_rows_of_the_small_network_alone(tmp_path):
+    with pytest.raises(UserError, match="'boundary pairs' is one of network=small"):
+        afsd.build(Config.preset("full"), "boundary pairs", 20)
+    film = untrimmed(1, 0, "test", 300).frames[0]
+    np.save(tmp_path / "a.npy", film)
+    for row in ("boundary pairs", "window max on pixels"):
+        config = replace(SMOKE, rows=(row,), out_dir=tmp_path / row[:3])
+        afsd.run(config)
+        weights = tmp_path / row[:3] / "weights.safetensors"
+        if row == "boundary pairs":
+            found = afsd.apply([tmp_path / "a.npy"], weights, tmp_path / "out", least=0)
+            assert found[0]["detections"]
+        else:
+            with pytest.raises(UserError, match="only rows on features"):
+                afsd.apply([tmp_path / "a.npy"], weights, tmp_path / "out")
+
+
 class Told(torch.nn.Module):
     """A network that says of each clip where its marked action is; x: (B, 1, F) of 0 and 1."""
 
@@ -534,7 +629,7 @@ def test_the_rule_of_the_claim():
 
 
 def test_settings_name_what_is_wrong():
-    with pytest.raises(UserError, match="none of coarse"):
+    with pytest.raises(UserError, match="none of boundary pairs"):
         afsd.run(Config.preset("smoke", rows=("corse",)))
     with pytest.raises(UserError, match="--set network=thumos14"):
         afsd.run(Config.preset("full", network="small", start=None))

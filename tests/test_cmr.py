@@ -125,6 +125,7 @@ def test_what_sees_the_order_of_frames(row, blind):
     with torch.no_grad():
         gap = (net(x) - net(x[:, torch.randperm(8)])).abs().max()
     assert gap < 1e-12 if blind else gap > 1e-6
+    assert ROWS[row].blind == blind
 
 
 def test_every_row_trains_and_takes_both_inputs():
@@ -315,9 +316,18 @@ def test_training_goes_from_bare_clips_to_cluttered_ones(monkeypatch):
     assert len(found["loss"]) == 4
 
 
+def test_a_row_that_is_blind_to_order_does_not_start_again():
+    config = Config.preset("smoke", clips=8, harder_clips=8, test_clips=8, test_clutter=(), test_shake=(), starts=2)
+    world = cmr.World(config, 0)
+    starts = {row: world.fit(cmr.build(config, row, 8), row)["starts"] for row in ("TSN", "TIM")}
+    assert starts == {"TSN": 1, "TIM": 2}
+
+
 def test_benchmark_counts_and_times():
     plain, ours = cmr.benchmark(("TSN", "CMR"), T=2, side=64, repeats=1)
     assert plain["row"] == "TSN" and 0 < plain["seconds"] and 0 < ours["seconds"]
+    with torch.device("meta"):
+        plain, ours = (cmr.cost(cmr.resnet(50, 174, ROWS[row]), 2, 64) for row in ("TSN", "CMR"))
     assert ours["parameters"] > 1.4 * plain["parameters"] and 1.3 < ours["MMAC"] / plain["MMAC"] < 1.5
 
 

@@ -91,6 +91,11 @@ def test_style_without_forming_the_maps():
         maps = w[..., None, None] * F1
         literal = torch.cat([maps.mean((2, 3)), (maps.var((2, 3)) + 1e-5).sqrt()], 1)
         torch.testing.assert_close(d2am.domain_features(look, of), literal)
+    net, x, *_ = batch()
+    look = net.E.eval()(x)
+    for maps, mean, var, a in zip(look.maps, look.mean, look.var, look.gates):      # maps = a·F
+        torch.testing.assert_close(a * mean, maps.mean((2, 3)))
+        torch.testing.assert_close(a**2 * var, maps.var((2, 3)))
 
 
 @pytest.mark.parametrize("norm, cut", [("domain", False), ("domain", True), ("step", True)])
@@ -131,6 +136,18 @@ def test_meta_step_equals_its_literal_form(norm, cut):
         torch.testing.assert_close(p.grad, want[k], rtol=2e-4, atol=2e-5, msg=k)
     for k, v in after.items():                  # statistics once, not twice
         torch.testing.assert_close(net.state_dict()[k], v, msg=k)
+
+
+@pytest.mark.parametrize("norm", ["step", "domain"])
+def test_without_an_inner_step_all_heads_are_one(norm):
+    net, x, y, depth = batch()
+    terms = Terms(0.0, mmd=0, norm=norm)
+    short = meta_loss(net, x, y, depth, 3, terms)["test"]
+    z = net.E(x if norm == "step" else x[-4:]).maps[-1]
+    theta = dict(net.M.named_parameters())
+    logit = d2am.adapted(net.M, [theta, theta], z)[0][:, -4:]
+    literal = sum(F.binary_cross_entropy_with_logits(own, y[-4:].float()) for own in logit)
+    torch.testing.assert_close(short, literal)
 
 
 def test_second_order_and_alpha_matter():
@@ -406,6 +423,8 @@ def test_weights_of_another_kind(tmp_path):
     write_weights(tmp_path / "other.safetensors", {"x": torch.zeros(1)})
     with pytest.raises(UserError, match="not of this chapter"):
         d2am.apply([], tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="gone.safetensors: no such file"):
+        d2am.apply([], tmp_path / "gone.safetensors")
 
 
 def test_settings_are_checked():

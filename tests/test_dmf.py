@@ -75,6 +75,28 @@ def test_partial_gates():
             network(**wrong)
 
 
+def test_cross_attention_follows_its_equation_and_contains_the_baseline():
+    x, s = pairs()
+    labels = torch.arange(3).expand(2, -1)
+    rival = dmf.CrossAttention(torch.nn.Identity(), 24, 4, places=20)
+    whole, maps = rival.head(s, x, labels)
+    assert whole.shape == (10, 4, 5, 4) and maps.shape == (10, 3, 5, 4)
+    unit = lambda t: F.normalize(t.flatten(1), dim=0)
+    r = unit(s[1, 2]).T @ unit(x[1, 4])                         # one pair, step by step
+    a = 1 + torch.stack([(rival.fuse(r.mean(0)) * row).mean() / 0.025 for row in r]).softmax(0)
+    assert a.min() >= 1 and abs(a.sum() - 21) < 1e-4
+    w = F.normalize((a * s[1, 2].flatten(1)).sum(1), dim=0)
+    torch.testing.assert_close(maps[9, 2].flatten(), 10 * w @ unit(x[1, 4]))
+    scores = rival.eval().head(s, x, labels)
+    torch.testing.assert_close(rival.head(s, 7 * x, labels), scores)        # cosines
+    for parameter in rival.fuse.parameters():
+        torch.nn.init.zeros_(parameter)
+    plain = dmf.ProtoNet(torch.nn.Identity(), 24, 4).eval()
+    torch.testing.assert_close(rival.head(s, x, labels), plain.head(s, x, labels))
+    config = dmf.Config.preset("smoke")
+    assert dmf.build(config, "cross attention", 4).fuse[0].in_features == 64
+
+
 def test_border_scales_scores_and_frames_maps():
     x, s = pairs()
     labels = torch.arange(3).expand(2, -1)

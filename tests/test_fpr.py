@@ -48,6 +48,7 @@ def literal(x, W, y, s, m, base, p):
         else math.floor(p.rate * len(ranked)) + 1
     selected = (c > ranked[k - 1]) & ~own & ~hard
     assert selected.sum() < k or len(ranked) < B * (n - 1) or p.rate is None or selected.sum() == k - 1
+    selected = selected & (c < z) if p.keep == "easy" else selected
     q = torch.where(selected & (c < z), c, torch.where(selected, c_x, torch.ones_like(c))) ** p.power * selected
     if p.average == "selected":
         rho = q.sum(1) / (selected & (c != 0)).sum(1).clamp_min(1)
@@ -60,6 +61,7 @@ def literal(x, W, y, s, m, base, p):
 VARIANTS = {
     "official": Penalty(), "paper": PENALTIES["paper"], "often": Penalty(rate=0.05),
     "paper often": Penalty(negatives="all", rate=0.05, average="rate", alpha=1.0, detach="none"),
+    "rebuilt": PENALTIES["rebuilt"], "rebuilt often": replace(PENALTIES["rebuilt"], rate=0.1),
     "all": Penalty(negatives="all"), "no factor": Penalty(alpha=1.0), "through": Penalty(detach="none"),
     "unweighted": Penalty(power=0, average="rate"), "cubic": Penalty(power=3, alpha=0.5, detach="none", rate=0.02),
 }

@@ -212,12 +212,42 @@ def test_the_run_resumes(tmp_path):
     config = lap.Config.preset("smoke", out_dir=tmp_path, **TINY)
     first = lap.run(config)
     times = {p: p.stat().st_mtime_ns for p in tmp_path.glob("steps/**/*.npz")}
-    assert len(times) == 6  # the fits and five rows
+    assert len(times) == 1 + len(config.rows)  # the fits and the rows
     again = lap.run(config)
     assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("steps/**/*.npz")} == times
     assert first.metrics == again.metrics
     assert (tmp_path / "weights.safetensors").stat().st_size < 1.5e6
     assert not first.claim.holds  # one seed shows nothing
+
+
+def test_rows_that_go_on_start_from_the_other_rows_weights(tmp_path):
+    config = lap.Config.preset("smoke", out_dir=tmp_path, **TINY, rate=0.0, depth_rate=0.0,
+                               rows=("single photos", "then mean of codes"))
+    rows, models, _ = lap.seed_rows(config, 0, lap.RunFolder(config))
+    first, then = (models[r].state_dict() for r in config.rows)
+    assert all(torch.equal(a, b) for a, b in zip(first.values(), then.values(), strict=True))  # nothing was learned
+    assert rows["then mean of codes, n=1"]["mad"] == rows["single photos, n=1"]["mad"]
+    assert models["then mean of codes"].netD.how == "mean" and models["single photos"].netD.how == "softmax"
+
+
+def test_rows_that_do_not_exist_or_come_too_early_are_refused():
+    lap.check_rows(lap.Config.preset("book").rows)
+    with pytest.raises(UserError, match="there are supervised"):
+        lap.check_rows(("LAB",))
+    with pytest.raises(UserError, match="goes on from 'single photos'"):
+        lap.check_rows(("LAP", "then LAP", "single photos"))
+
+
+def test_rows_that_are_compared_draw_the_same_sets(world, monkeypatch):
+    config = lap.Config.preset("smoke", **TINY, more=12)
+    seen, draw = {}, lap.draw_sets
+    for row in ("then LAP", "then mean of codes", "then no consistency", "then component swap"):
+        kept = seen.setdefault(row, [])
+        monkeypatch.setattr(lap, "draw_sets", lambda batch, n, kept=kept: kept.append(draw(batch, n)) or kept[-1])
+        lap.train_row(lap._build(config, 0), row, vars(world), config, 0)
+    first, *others = ([sets["image"] for sets in kept] for kept in seen.values())
+    assert len(first) == 12 and {len(images[0]) for images in first} == {1, 2, 3, 4}
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
 
 
 def test_the_claim_is_judged_by_its_rule():
@@ -281,6 +311,25 @@ def test_meshes_open_in_trimesh(tmp_path):
     assert mesh.visual.uv[:, 1].max() == 1 and mesh.vertices[mesh.visual.uv[:, 1] == 1, 1].min() > 0
 
 
+def test_the_turntable_is_an_animation_that_starts_in_front(tmp_path):
+    from PIL import Image
+
+    depth = 1.05 - 0.1 * torch.exp(-4 * torch.linspace(-1, 1, 32) ** 2).expand(32, 32)
+    frames = lap.turntable(lap.fine_points(depth, 48), torch.rand(3, 32, 32), frames=8, size=40)
+    lap.write_film(tmp_path / "face.gif", frames)
+    with Image.open(tmp_path / "face.gif") as film:
+        assert film.format == "GIF" and film.is_animated and film.n_frames == 8 and film.size == (40, 40)
+        assert film.info["loop"] == 0
+        shown = []
+        for t in range(8):
+            film.seek(t)
+            shown.append(np.array(film.convert("RGB")).astype(int))
+    for found, wanted in zip(shown, frames, strict=True):
+        assert np.abs(found - wanted).mean() < 16  # a palette of 128
+    at_rest, turned = (np.abs(shown[0] - shown[t]).mean() for t in (4, 2))
+    assert at_rest < 1e-9 < turned  # half-way round it looks ahead again
+
+
 def test_unwrapping_at_rest_gives_the_photo():
     photo = torch.rand(3, 8, 8)
     photo = torch.nn.functional.interpolate(photo[None], (64, 64), mode="bilinear")[0]
@@ -296,6 +345,8 @@ def weights(tmp_path, model):
 
 
 def test_apply_to_folder_photos_and_damage_without_dlib(album, weights, monkeypatch):
+    from PIL import Image
+
     from facebook_nb.models import recognisers
 
     monkeypatch.setattr(recognisers, "dlib_installed", lambda: False)
@@ -311,6 +362,7 @@ def test_apply_to_folder_photos_and_damage_without_dlib(album, weights, monkeypa
         for kind in ("mesh", "ply", "turntable", "maps"):
             assert Path(row[kind]).stat().st_size > 500
     assert by["p0"]["mesh"] != by["0.png"]["mesh"]
+    assert Image.open(by["p0"]["turntable"]).n_frames == 16
     saved = read_json(album / "out" / "results.json")
     assert [r["input"] for r in saved] == [r["input"] for r in rows]
     assert read_image(by["p0"]["maps"]).shape == (128, 640, 3)

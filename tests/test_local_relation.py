@@ -151,7 +151,7 @@ def test_a_row_is_the_network_without_some_parts(forgeries):
         assert not unused, row
         counts[row] = sum(p.numel() for p in net.parameters())
     assert counts["RGB, pooled"] < counts["without RFAM"] < counts[L.FULL]
-    assert counts["without decoder"] == counts["similarity, unsupervised"] < counts[L.FULL]
+    assert counts[L.NO_TARGET] == counts[L.FULL]            # what supervises adds no part
 
 
 def test_pairs_hold_a_forgery_and_its_frame(clips):
@@ -182,11 +182,14 @@ def test_measures_by_hand():
     assert rows["unseen AUC"] == rows["unseen swap"] == .75 and rows["seen AUC c40"] != rows["unseen AUC c40"]
 
 
-@pytest.mark.parametrize("ours, holds", [([.8, .8], True), ([.9, .6], False)])
-def test_the_claim_is_judged_by_every_seed(ours, holds):
-    rival = {"unseen AUC": [.7, .7], "seen AUC": [.7, .7]}
-    metrics = {L.FULL: {"unseen AUC": ours, "seen AUC": ours}, L.MASK_ROW: rival}
-    assert L.judge_claim(metrics).holds is holds
+@pytest.mark.parametrize("ours, holds", [
+    ([.80, .81, .79], True), ([.9, .6, .8], False), ([.71, .85, .72], False), ([.6, .61, .59], False), ([.8], False)])
+def test_the_claim_needs_an_interval_above_zero(ours, holds):
+    rival = [.7] * len(ours)
+    claim = L.judge_claim({L.FULL: {"unseen AUC": ours, "seen AUC": ours},
+                           L.MASK_ROW: {"unseen AUC": rival, "seen AUC": rival}})
+    assert claim.holds is holds
+    assert f"higher in {sum(x > .7 for x in ours)} of {len(ours)} seeds" in claim.effect
 
 
 # --- files in the public formats

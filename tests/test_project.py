@@ -55,7 +55,7 @@ def test_stored_outputs_are_fit_to_be_read(notebook):
             text = "".join(output.get("text", "")) + "".join(data.get("text/plain", ""))
             assert not re.search(r"/(home|tmp|root|work|Users)/| at 0x[0-9a-f]{6}", text), cell["id"]
             assert "application/vnd.jupyter.widget-view+json" not in data, cell["id"]
-            for kind in ("image/png", "image/jpeg", "image/svg+xml"):
+            for kind in ("image/png", "image/jpeg", "image/svg+xml", "image/gif"):
                 if kind in data:
                     meta = cell["metadata"].get("mystnb", {})
                     assert meta.get("figure", {}).get("caption"), f"{cell['id']}: no caption"

@@ -1,12 +1,17 @@
 """The renderer: coverage, depth and gradients against a literal loop, finite differences and analytic surfaces."""
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from facebook_nb import render
+from facebook_nb.files import UserError
 from facebook_nb.render import grid_faces, interpolate, intrinsics, rasterise, rotation
+from tests.conftest import ROOT
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -90,6 +95,66 @@ def test_each_image_is_as_alone_and_chunks_do_not_show(device):
     for b in range(5):
         alone = rasterise(xy[b : b + 1], z[b : b + 1], faces, size)
         assert torch.equal(whole.face[b], alone.face[0]) and torch.equal(whole.z[b], alone.z[0])
+
+
+KERNEL = """
+import warnings
+import torch
+from facebook_nb import render
+from tests.test_render import triangles
+warnings.simplefilter("ignore")     # numpy's, at 0 / 0 in the interpreter
+scenes = [triangles(s, dtype=d) for s in range(2) for d in (torch.float32, torch.float64)]
+g = torch.linspace(0, 8, 7)         # corners and edges on samples: ties
+grid = torch.stack(torch.meshgrid(g, g, indexing="xy"), -1).view(1, -1, 2).repeat(2, 1, 1)
+z = 1 + 0.1 * torch.rand(2, 49, generator=torch.Generator().manual_seed(0))
+faces = render.grid_faces(7, 7)
+scenes.append((grid, z.round(decimals=1), torch.cat([faces, faces.flip(1)]), (9, 9)))
+xy, z, faces, size = triangles(3, dtype=torch.float32)
+z[0, 3], z[1, 2], xy[0, 5, 0], xy[1, 7, 1] = -1, torch.nan, torch.nan, torch.inf
+scenes.append((xy, z, faces, size))
+plain = render.draw
+for xy, z, faces, size in scenes:
+    for cull, chunk in ((False, 1 << 18), (True, 60)):
+        scene = xy, z, faces, size, 0.1, 1.3, cull, chunk
+        wanted = render.zbuffer(*scene)
+        render.draw = render.triton_draw
+        assert torch.equal(render.zbuffer(*scene), wanted), (z.dtype, cull)
+        render.draw = plain
+        assert 0.1 < (wanted != render.EMPTY).double().mean() < 1 or size == (9, 9)
+print("equal")
+"""
+
+
+def test_the_triton_kernel_equals_the_candidates_to_the_last_bit():
+    pytest.importorskip("triton", reason="triton is not installed")
+    env = os.environ | {"TRITON_INTERPRET": "1"}  # read when triton is imported: a process of its own
+    done = subprocess.run([sys.executable, "-c", KERNEL], env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
+
+
+def test_the_triton_kernel_compiles_without_fused_multiplications():
+    """For a GPU that is not here; the code has to be valid, and edges must round as their neighbours do."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    for kind in ("*fp32", "*fp64"):
+        types = dict(p=kind, q="*i64", key="*i64", K="i32", width="i32", near="fp32", far="fp32",
+                     single="constexpr", D="constexpr")
+        source = ASTSource(render._draw_kernel(), types, {"single": kind == "*fp32", "D": 32})
+        ptx = compile(source, GPUTarget("cuda", 80, 32), {"num_warps": 1, "enable_fp_fusion": False}).asm["ptx"]
+        assert ".min.s64" in ptx and "fma.rn.f" not in ptx and "div.rn" in ptx
+
+
+def test_without_triton_the_kernel_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    render._draw_kernel.cache_clear()
+    try:
+        with pytest.raises(UserError, match="not installed"):
+            render.triton_draw(*[None] * 10)
+    finally:
+        render._draw_kernel.cache_clear()
 
 
 def test_edges_are_inclusive_and_ties_go_to_the_lower_face(device):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PHASES', 'DATA_SETS', 'OMNIGLOT', 'fitted', 'Split', 'read_pickle', 'find_data', 'read_splits', 'read_omniglot_zip',
-           'without_alphabets', 'read_omniglot', 'Found', 'check_splits']
+           'without_alphabets', 'read_omniglot', 'check_splits']
 
 # %% ../../nbs/foundations/readers_fewshot.ipynb #imports
 import csv
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..files import (
-    IMAGE_SUFFIXES, UserError, decode_image, read_image)
+    DataCheck, UserError, decode_image, pictures_in, read_image)
 
 # %% ../../nbs/foundations/readers_fewshot.ipynb #Split
 PHASES = ("train", "val", "test")
@@ -140,13 +140,9 @@ def _pickled(folder: Path, layout: str, phase: str, size: int) -> Split:
                  [str(c) for c in classes.tolist()], size)
 
 
-def _pictures(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir()
-                  if p.suffix.lower() in IMAGE_SUFFIXES)
-
-
 def _foldered(folders: list[Path], size: int) -> Split:
-    found = [(p, f.name) for f in sorted(folders) for p in _pictures(f)]
+    found = [(p, f.name) for f in sorted(folders)
+             for p in pictures_in(f) if p != f]     # not an empty folder
     labels, classes = _numbered([name for _, name in found])
     return Split([p for p, _ in found], labels, classes, size)
 
@@ -295,19 +291,8 @@ def read_omniglot(folder: str | Path, size: int = 32) -> dict:
                     f"{' and '.join(OMNIGLOT[1])}")
 
 # %% ../../nbs/foundations/readers_fewshot.ipynb #check_splits
-@dataclass
-class Found:
-    """What was found: `usable`, and `str()` tells counts or the fix."""
-
-    usable: bool
-    text: str
-
-    def __str__(self) -> str:
-        return self.text
-
-
 def check_splits(root: str | Path, names=tuple(DATA_SETS),
-                 size: int = 84) -> Found:
+                 size: int = 84) -> DataCheck:
     """Look for data sets under a root, and count their pictures.
 
     One that is there must be whole: of each split the first picture is read.
@@ -331,4 +316,4 @@ def check_splits(root: str | Path, names=tuple(DATA_SETS),
                  "miniImageNet pickles; images/ with train.csv, val.csv and "
                  "test.csv; {train,val,test}/CLASS/*.jpg; data/CLASS/*.png "
                  "with splits/bertinetto/*.txt; Omniglot's zips"]
-    return Found(usable, "\n".join(lines))
+    return DataCheck(usable, lines)
