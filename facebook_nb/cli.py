@@ -167,7 +167,7 @@ def store(done: Path, source: Path, mark: Mapping) -> None:
     nb = read_nb(source)
     for cell in nb.cells:
         if cell.cell_type == "code":
-            cell.outputs = outputs[cell.id]
+            cell.outputs = outputs.get(cell.id, [])
     clean_nb(nb, allowed_metadata_keys=["facebook_nb"],
              allowed_cell_metadata_keys=["tags", "mystnb"])
     nb.metadata["facebook_nb"] = dict(mark)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from facebook_nb.cli import CHAPTERS, execute_all, store
-from facebook_nb.files import UserError, read_json
+from facebook_nb.cli import CHAPTERS, _keep, execute_all, store
+from facebook_nb.files import UserError, read_json, write_json
 from tests.conftest import ROOT
 
 COMMAND = str(Path(sys.executable).parent / "facebook-nb")
@@ -110,6 +110,26 @@ def test_store_takes_outputs_and_refuses_stderr(small_book, tmp_path):
     before = path.read_bytes()
     with pytest.raises(UserError, match="c1.*stderr"):
         store(done, path, {})
+    assert path.read_bytes() == before
+
+
+def test_text_edited_during_a_run_is_kept_and_changed_code_is_not_stored(small_book, tmp_path):
+    path = small_book(PARAMETERS, "1 + 1")
+    done = tmp_path / "done" / path.name
+    execute_all([(path, done, {})], say=lambda line: None)
+    nb = read_json(path)
+    nb["cells"].insert(1, {"cell_type": "markdown", "id": "late", "metadata": {}, "source": ["A later thought."]})
+    nb["cells"].append({"cell_type": "code", "id": "new", "metadata": {}, "source": ["# only a comment"], "outputs": [],
+                        "execution_count": None})
+    write_json(path, nb)
+    store(done, path, {})
+    kept = {c["id"]: c for c in read_json(path)["cells"]}
+    assert kept["late"]["source"] == ["A later thought."] and kept["new"]["outputs"] == []
+    assert kept["c1"]["outputs"][0]["data"]["text/plain"] == ["2"]
+    folder = small_book.root / "runs" / "book" / path.stem
+    write_json(folder / "digest.json", "that of other code")
+    before = path.read_bytes()
+    assert "changed while it ran" in _keep(path, small_book.root, accept=True)[0]
     assert path.read_bytes() == before
 
 

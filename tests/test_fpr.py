@@ -122,7 +122,8 @@ def test_cross_entropy_is_that_of_torch():
 def jobs():
     """Uneven classes and batches; a process without an own label; every strange case of the threshold."""
     for sizes in ([5, 9, 4], [6, 6, 6]):
-        for base, name in (("cosface", "official"), ("arcface", "paper often"), ("softmax", "unweighted")):
+        for base, name in (("cosface", "official"), ("arcface", "paper often"), ("softmax", "unweighted"),
+                           ("cosface", "rebuilt often")):
             x, W, y = batch(B=sum(sizes), n=31, dtype=torch.float32)
             if sizes[0] == 6:
                 y = y % 9                                   # all in the first process
