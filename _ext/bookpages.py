@@ -14,6 +14,7 @@ from docutils.statemachine import StringList
 
 DIRECTIVE = re.compile(r"\s*#\s*\|")
 FOLD = 30           # a longer cell folds by itself
+MINUS = re.compile(r"(?<![^\s>(\[±])-(?=\d)|(?<=\w )-(?= \w)")
 
 
 def tidy_cells(app, doctree):
@@ -39,6 +40,18 @@ def tidy_cells(app, doctree):
             what = f"{name[1] if name else 'code'} ({count} lines)"
             cell["hide_mode"] = "input"
             cell["prompt_show"], cell["prompt_hide"] = f"Show {what}", f"Hide {what}"
+
+
+def set_numbers(app, doctree, name):
+    """Numbers as a printer sets them: a minus and not a hyphen (between names as well), no line break around ±."""
+    tidy = lambda text: MINUS.sub("−", text).replace(" ± ", "\u00a0±\u00a0")
+    verbatim = nodes.literal, nodes.literal_block, nodes.math, nodes.math_block, nodes.raw
+    for text in list(doctree.findall(nodes.Text)):
+        if text.parent is not None and not isinstance(text.parent, verbatim) and tidy(text) != text:
+            text.parent.replace(text, nodes.Text(tidy(text)))
+    for raw in doctree.findall(nodes.raw):
+        if 'class="results"' in raw.astext():
+            raw.children = [nodes.Text(tidy(raw.astext()))]
 
 
 class Ledger(Directive):
@@ -225,5 +238,6 @@ def setup(app):
     app.add_directive("gallery", Gallery)
     app.add_directive("api", Api)
     app.connect("doctree-read", tidy_cells)
+    app.connect("doctree-resolved", set_numbers)
     app.connect("build-finished", local_mathjax)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

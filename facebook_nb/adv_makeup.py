@@ -206,7 +206,7 @@ class Sources(NamedTuple):
     def rows(self, index) -> "Sources":
         return Sources(*(part[index] for part in self))
 
-
+# %% ../nbs/chapters/adv_makeup.ipynb #make_sources
 def _within(box, mask: np.ndarray, size) -> tuple[tuple, np.ndarray]:
     """The part of a box, and of its mask, that lies in the picture."""
     (t, l, h, w), (high, wide) = box, size
@@ -890,7 +890,7 @@ def paint_shadow(src: Sources, seed: int) -> Tensor:
         out.append(skin * (1 - alpha) + alpha * colour * (0.5 + light))
     return 2 * torch.stack(out).clamp(0, 1) - 1
 
-# %% ../nbs/chapters/adv_makeup.ipynb #gradient_attack
+# %% ../nbs/chapters/adv_makeup.ipynb #ATTACKS
 ATTACKS = {
     "FGSM": {"once": True},
     "PGD": {"start": "random"},
@@ -909,7 +909,7 @@ def _diverse(x: Tensor, g: torch.Generator) -> Tensor:
     rest = size - small
     return F.pad(x, (a, rest - a, b, rest - b), value=-1.0)
 
-
+# %% ../nbs/chapters/adv_makeup.ipynb #gradient_attack
 def gradient_attack(
     faces: Tensor, rows: Tensor, aims: Mapping, mask: Tensor,
     epsilon: float = 8 / 255, steps: int = 10, start: str = "source",
@@ -1948,7 +1948,7 @@ def official_recognisers(root: Path, names=RECOGNISERS) -> dict:
     return {n: Resized(load_official(Path(root) / "models" / f"{n}.pth", n),
                        SIDES[n]) for n in names}
 
-# %% ../nbs/chapters/adv_makeup.ipynb #run_full
+# %% ../nbs/chapters/adv_makeup.ipynb #lfw_limits
 def _picture(path: Path) -> Tensor:
     x = torch.from_numpy(read_image(path)).permute(2, 0, 1)
     return x[None].float() / 127.5 - 1
@@ -1965,7 +1965,7 @@ def lfw_limits(who: Recogniser, root: Path, device, most: int = 2000):
     s = who.matrix(e)[np.triu_indices(len(e), 1)]
     return {f"τ {f:g}": far_threshold(s, f, support=1) for f in FARS}
 
-
+# %% ../nbs/chapters/adv_makeup.ipynb #run_full
 def run_full(config: Config) -> Report:
     """The paper's experiment on stored data: preset `full`."""
     found, folder = check_full(config), RunFolder(config)

@@ -739,7 +739,7 @@ def activation_losses(out: Output, wanted: Tensor, level: float = 0.1
                    + _activation_loss(w, coarse[:, j]))
         for j, (f, v, w) in enumerate(pairs))
 
-# %% ../nbs/chapters/afsd.ipynb #insert_background
+# %% ../nbs/chapters/afsd.ipynb #Insertion
 class Insertion(NamedTuple):
     """A clip with background moved into an action.
 
@@ -750,7 +750,7 @@ class Insertion(NamedTuple):
     frames: np.ndarray
     pieces: np.ndarray
 
-
+# %% ../nbs/chapters/afsd.ipynb #insert_background
 def insert_background(segments, w: float, frames: int,
                       draw: Callable[[int], int], strict: bool = True
                       ) -> Insertion | None:
@@ -1006,7 +1006,7 @@ def _true_positives(group, segment, truth_group, truth, tiou) -> np.ndarray:
         hit[now[i], j] = taken[g[place[i, j]], j] = True
     return hit
 
-# %% ../nbs/chapters/afsd.ipynb #mean_ap
+# %% ../nbs/chapters/afsd.ipynb #MeanAP
 class MeanAP(NamedTuple):
     """Average precisions, each in [0, 1].
 
@@ -1029,7 +1029,7 @@ def _average_precision(hit: np.ndarray, truths: int) -> np.ndarray:
     precision = np.maximum.accumulate(precision[::-1], 0)[::-1]
     return (hit * precision).sum(0) / truths
 
-
+# %% ../nbs/chapters/afsd.ipynb #mean_ap
 def mean_ap(truth: Mapping, found: Mapping, tiou=THUMOS14_TIOU) -> MeanAP:
     """Mean average precision of detections.
 

@@ -117,6 +117,18 @@ def execute(notebook: Path, done: Path, parameters: Mapping,
                    error, cell, user)
 
 # %% ../nbs/foundations/cli.ipynb #execute_all
+def _end_with_parent() -> None:
+    """A worker must not train on unseen when its command was killed."""
+    from multiprocessing import connection, parent_process
+    from threading import Thread
+
+    def watch():
+        connection.wait([parent_process().sentinel])
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
 def execute_all(jobs: Iterable[tuple], say=print) -> list[Outcome]:
     """Run (notebook, done, parameters) jobs, as many at once as cores.
 
@@ -129,7 +141,8 @@ def execute_all(jobs: Iterable[tuple], say=print) -> list[Outcome]:
         os, "sched_getaffinity") else os.cpu_count() or 1
     spawn = multiprocessing.get_context("spawn")
     outcomes = {}
-    with ProcessPoolExecutor(min(cores, len(jobs) or 1), spawn) as pool:
+    with ProcessPoolExecutor(min(cores, len(jobs) or 1), spawn,
+                             initializer=_end_with_parent) as pool:
         runs = {pool.submit(execute, *job, threads=1): job[0].stem
                 for job in jobs}
         for run in as_completed(runs):

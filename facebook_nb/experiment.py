@@ -405,10 +405,13 @@ class Report:
     def difference(self, row: str, other: str, metric: str) -> tuple:
         """Paired difference row − other, and its 95 % half-width.
 
+        Over the seeds that both have: a row with fewer has the first ones.
         The half-width is infinite for one seed. Source: eq.
         experiment-interval.
         """
-        d = self.values(row, metric) - self.values(other, metric)
+        a, b = self.values(row, metric), self.values(other, metric)
+        both = min(len(a), len(b))
+        d = a[:both] - b[:both]
         if len(d) < 2:
             return float(d.mean()), float("inf")
         from scipy.stats import t
@@ -441,6 +444,8 @@ def _with_spread(mean: float, std: float) -> str:
     """`mean ± std`, digits no finer than the spread's first one."""
     if mean != mean:
         return "–"
+    if not std and mean == round(mean):     # a count, or all or nothing
+        return f"{mean:.0f}"
     digits = 3 if not std else min(
         4, max(0, 1 - int(np.floor(np.log10(std) + 1))))
     return (f"{mean:.{digits}f} ± {std:.{digits}f}" if std

@@ -982,7 +982,7 @@ def judge_claim(report_of) -> Claim:
     kept = tar >= -r.std(MATCHED, "TAR")
     return Claim(CLAIM, bool((a < b).all() and kept), (
         f"std of the groups' FMR {b.mean():.2f} → {a.mean():.2f} % at FMR "
-        f"{FAR:.0e} (paired {gap:+.2f} ± {half:.2f}, lower in "
+        f"{FAR:g} (paired {gap:+.2f} ± {half:.2f}, lower in "
         f"{int((a < b).sum())} of {len(a)} seeds); TAR {tar:+.1f} ± "
         f"{tar_half:.1f} points"))
 

@@ -272,7 +272,7 @@ class EfficientNet(nn.Module):
         # community code: no padding, 127×127 from 256×256
         return F.silu(self._bn0(self._conv_stem(x)))
 
-
+# %% ../nbs/chapters/local_relation.ipynb #B4Encoder
 class B4Encoder(nn.Module):
     """B4 in three parts: from 256×256, 56×32×32, 160×16×16, 1792×8×8."""
 

@@ -821,7 +821,7 @@ def judge_claim(metrics: dict) -> Claim:
         if np.isfinite([ours, labels, best]).all():
             holds = bool((ours > best).all() and (ours > labels / 2).all())
             return Claim(CLAIM, holds, (
-                f"AOC at FMR {f:.0e}: network {ours.mean():.2f}, labels "
+                f"AOC at FMR {f:g}: network {ours.mean():.2f}, labels "
                 f"{labels.mean():.2f}, best rival "
                 f"{best.mean():.2f}"))
     return Claim(CLAIM, False, "too few pairs for an AOC at any FMR")

@@ -526,7 +526,7 @@ class DastTrunk(nn.Module):
     def forward(self, f: Tensor) -> Tensor:
         return self.main(f)
 
-# %% ../nbs/chapters/substitute.ipynb #dast_images
+# %% ../nbs/chapters/substitute.ipynb #grouped_norm
 def _grouped_norm(f: Tensor, norms, groups: int) -> Tensor:
     """BN of (N, g·C, …), each group by statistics and weights of its own.
 
@@ -551,7 +551,7 @@ def _grouped_norm(f: Tensor, norms, groups: int) -> Tensor:
             m.num_batches_tracked += per
     return f
 
-
+# %% ../nbs/chapters/substitute.ipynb #dast_images
 def dast_images(branches, trunk: DastTrunk, z: Tensor) -> Tensor:
     """All classes' images in one pass: the fast form of DaST's ten.
 
@@ -714,7 +714,7 @@ def strokes(n: int, shape, draw: torch.Generator) -> Tensor:
         ink = torch.where(count > k, torch.maximum(ink, new), ink)
     return ink.view(n, 1, h, w).expand(n, c, h, w).contiguous()
 
-# %% ../nbs/chapters/substitute.ipynb #network
+# %% ../nbs/chapters/substitute.ipynb #Block
 class _Block(nn.Module):
     def __init__(self, a: int, b: int, stride: int):
         super().__init__()
@@ -728,7 +728,7 @@ class _Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (self.body(x) + self.skip(x)).relu()
 
-
+# %% ../nbs/chapters/substitute.ipynb #network
 def network(kind: str, shape, classes: int) -> nn.Module:
     """A classifier, (N, c, H, W) in [0, 1] to (N, n) logits.
 
@@ -857,7 +857,7 @@ ROWS: dict[str, Method] = {
     "real images": Method(source="real"),
 }
 
-# %% ../nbs/chapters/substitute.ipynb #Dreams
+# %% ../nbs/chapters/substitute.ipynb #still_statistics
 class still_statistics:
     """Inside, a student's batch statistics are used but do not drift."""
 
@@ -874,7 +874,7 @@ class still_statistics:
         for m, momentum in zip(self.norms, self.kept):
             m.momentum = momentum
 
-
+# %% ../nbs/chapters/substitute.ipynb #Dreams
 class Dreams:
     """The generator of a row with all that trains it."""
 
@@ -1017,7 +1017,7 @@ def steal(method: Method, door: Door, shape, config: Config, seed: int,
     bar.close()
     return student.eval(), store, dreams or None
 
-
+# %% ../nbs/chapters/substitute.ipynb #store_all
 def store_all(store: Store) -> tuple[Tensor, Tensor]:
     """All kept images and their labels."""
     return store.x[:store.size].float(), store.y[:store.size]
@@ -1026,7 +1026,7 @@ def store_all(store: Store) -> tuple[Tensor, Tensor]:
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# %% ../nbs/chapters/substitute.ipynb #evaluate
+# %% ../nbs/chapters/substitute.ipynb #fooled
 def eight_bit(x: Tensor) -> Tensor:
     """Images as a file would hold them: multiples of 1/255."""
     return (x * 255).round() / 255
@@ -1047,7 +1047,7 @@ def fooled(door: Door, x_adv: Tensor, y: Tensor, answered: Tensor,
     hit = now != y[counts] if goal is None else now == goal[counts]
     return hit.float().mean().item()
 
-
+# %% ../nbs/chapters/substitute.ipynb #evaluate
 def evaluate(student: nn.Module, door: Door, x: Tensor, y: Tensor,
              p_target: Tensor, config: Config, seed: int,
              quick: bool = False) -> dict[str, float]:
@@ -1125,7 +1125,7 @@ def read_idx(path: str | Path) -> np.ndarray:
                         f"says {' × '.join(map(str, shape))}")
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape).copy()
 
-# %% ../nbs/chapters/substitute.ipynb #read_cifar
+# %% ../nbs/chapters/substitute.ipynb #cifar_records
 def _cifar_records(paths, labels: int):
     """(images, last label byte) of .bin files with `labels` label bytes."""
     parts = []
@@ -1152,7 +1152,7 @@ def _cifar_pickles(paths, key: str):
         labels.append(np.asarray(found[key]))
     return np.concatenate(images), np.concatenate(labels)
 
-
+# %% ../nbs/chapters/substitute.ipynb #read_cifar
 def read_cifar(folder: str | Path, fine: bool = False) -> dict:
     """CIFAR-10, or with `fine` CIFAR-100, in the binary or python release.
 
@@ -1207,7 +1207,7 @@ def read_tiny(folder: str | Path) -> dict:
         done[part] = x, np.asarray([n for _, n in files])
     return done
 
-# %% ../nbs/chapters/substitute.ipynb #read_data
+# %% ../nbs/chapters/substitute.ipynb #find_folder
 FILES = {
     "mnist": "train-images-idx3-ubyte", "fashion": "train-images-idx3-ubyte",
     "cifar10": ("cifar-10-batches-bin", "cifar-10-batches-py"),
@@ -1243,7 +1243,7 @@ def find_folder(name: str, data_root: str | Path | None) -> Path | None:
             return place
     return None
 
-
+# %% ../nbs/chapters/substitute.ipynb #read_data
 def read_data(name: str, data_root: str | Path | None) -> dict:
     """{"all"} or {"train", "test"}: (images (N, c, H, W) uint8, labels).
 
@@ -1519,7 +1519,7 @@ def run_row(method: Method, door: Door, data: Mapping, p_test: Tensor,
         "images": shown, "regions": regions.to(torch.uint8),
         **{f"w.{k}": v.cpu() for k, v in student.state_dict().items()}}
 
-# %% ../nbs/chapters/substitute.ipynb #summarise
+# %% ../nbs/chapters/substitute.ipynb #paired
 MEASURES = {"agreement": "agreement", "fgsm": "fgsm", "bim": "bim",
             "pgd": "pgd", "cw": "cw", "fgsm targeted": "fgsm_targeted",
             "bim targeted": "bim_targeted", "pgd targeted": "pgd_targeted",
@@ -1541,7 +1541,7 @@ def paired(a, b) -> tuple[float, float]:
     return float(d.mean()), float(
         t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / len(d) ** 0.5)
 
-
+# %% ../nbs/chapters/substitute.ipynb #summarise
 def summarise(found: Mapping, rows, config: Config, seconds: float) -> Report:
     """The report: means over targets a seed, curves, and the claim.
 
@@ -1634,7 +1634,7 @@ def summarise(found: Mapping, rows, config: Config, seconds: float) -> Report:
             "more often than random ones of the same size", holds,
             effect or "rows left out"), seconds, arrays)
 
-# %% ../nbs/chapters/substitute.ipynb #run
+# %% ../nbs/chapters/substitute.ipynb #refuse
 def _refuse(config: Config) -> list[str]:
     rows = list(config.rows or ROWS)
     for row in (*rows, *config.hard_rows):
@@ -1646,7 +1646,7 @@ def _refuse(config: Config) -> list[str]:
                         "nobody: start a run a seed, each with --seed")
     return rows
 
-
+# %% ../nbs/chapters/substitute.ipynb #unasked
 def _unasked(data: Mapping, config: Config, classes: int, seed: int) -> dict:
     """Attacks without a question: test images, as bytes, by row of FREE."""
     stand_in = make_target(config.student, *data["held"], classes, config,
@@ -1663,7 +1663,7 @@ def _unasked(data: Mapping, config: Config, classes: int, seed: int) -> dict:
         found[row] = (adv * 255).round().to(torch.uint8).cpu()
     return found
 
-
+# %% ../nbs/chapters/substitute.ipynb #about
 def _about(target, x: Tensor, y: Tensor, config: Config, classes: int,
            seed: int, unasked: Mapping) -> dict:
     """What the target says of the test images; the floor and the ceiling."""
@@ -1683,7 +1683,7 @@ def _about(target, x: Tensor, y: Tensor, config: Config, classes: int,
             "corners": corners.cpu(),
             "accuracy": (said == y).float().mean().item()}
 
-
+# %% ../nbs/chapters/substitute.ipynb #brief
 def _brief(method, door, data, p_test, config, seed) -> dict:
     """Agreement and PGD of a substitute, at the end alone."""
     x, y = (t.to(_device()) for t in data["test"])
@@ -1691,7 +1691,7 @@ def _brief(method, door, data, p_test, config, seed) -> dict:
                         data["held"][0])
     return evaluate(student, door, x, y, p_test, config, seed, True)
 
-
+# %% ../nbs/chapters/substitute.ipynb #all_rows
 def _all_rows(folder: RunFolder, source, rows, seed: int, name: str) -> dict:
     """All rows against one target; row "" is the target itself."""
     config = folder.config
@@ -1718,7 +1718,7 @@ def _all_rows(folder: RunFolder, source, rows, seed: int, name: str) -> dict:
             data, p_test, settings, seed))
     return found
 
-
+# %% ../nbs/chapters/substitute.ipynb #run
 def run(config: Config) -> Report:
     """Every row against every target, for every seed, at one budget.
 
@@ -1742,7 +1742,7 @@ def run(config: Config) -> Report:
     report.save(folder.path)
     return report
 
-
+# %% ../nbs/chapters/substitute.ipynb #kept_target
 def _file(row: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else "-" for c in row)
 
@@ -1783,7 +1783,7 @@ def local_target(text: str):
     classifier(found)                   # refuses what cannot be called
     return found
 
-# %% ../nbs/chapters/substitute.ipynb #apply
+# %% ../nbs/chapters/substitute.ipynb #audit
 def _audit(text: str, weights, config: Config, out_dir: Path) -> dict:
     target = local_target(text)
     shape = tuple(getattr(target, "shape", (1, 8, 8)))
@@ -1827,7 +1827,7 @@ def _audit(text: str, weights, config: Config, out_dir: Path) -> dict:
             "judged": door.judged, "substitute": f"{name}.safetensors",
             "questions": f"{name}.png"}
 
-
+# %% ../nbs/chapters/substitute.ipynb #apply
 def apply(inputs, weights=None, out_dir=None, config: Config | None = None):
     """How much do the answers of your own model give away?
 

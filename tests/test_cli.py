@@ -2,8 +2,10 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from facebook_nb.cli import CHAPTERS, _keep, execute_all, store
@@ -111,6 +113,25 @@ def test_store_takes_outputs_and_refuses_stderr(small_book, tmp_path):
     with pytest.raises(UserError, match="c1.*stderr"):
         store(done, path, {})
     assert path.read_bytes() == before
+
+
+def test_notebooks_do_not_outlive_the_command_that_runs_them(small_book):
+    """Also where it is killed alone, with no chance to tell its workers."""
+    path = small_book(PARAMETERS, "import os, time\nopen('pid', 'w').write(str(os.getpid()))\ntime.sleep(300)")
+    code = (f"from facebook_nb.cli import execute_all; from pathlib import Path\n"
+            f"if __name__ == '__main__': execute_all([(Path({str(path)!r}), Path({str(path)!r} + '.done'), {{}})])")
+    script = small_book.root / "many.py"
+    script.write_text(code)
+    command = subprocess.Popen([sys.executable, str(script)])
+    pid, ends = path.parent / "pid", time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < ends:
+        time.sleep(0.1)
+    kernel = int(pid.read_text())
+    command.kill()
+    command.wait()
+    while psutil.pid_exists(kernel) and time.monotonic() < ends:
+        time.sleep(0.1)
+    assert not psutil.pid_exists(kernel)
 
 
 def test_text_edited_during_a_run_is_kept_and_changed_code_is_not_stored(small_book, tmp_path):

@@ -296,6 +296,16 @@ def test_a_run_repeats_and_resumes(tmp_path):
     assert (tmp_path / "a" / "weights.safetensors").stat().st_size < 1.5e6
 
 
+def test_later_seeds_train_the_rows_of_the_claim_alone(tmp_path):
+    report = cmr.run(Config.preset("smoke", out_dir=tmp_path, **TINY | dict(
+        rows=("TSN", "TIM", "CMR"), n_seeds=2, all_rows_seeds=1, curve_clips=(8,))))
+    count = {row: {k: len(v) for k, v in found.items()} for row, found in report.metrics.items()}
+    assert count["TSN"]["top-1"] == 1 and count["TIM"]["top-1"] == count["CMR"]["top-1"] == 2
+    assert count["TIM"]["8 clips"] == 1
+    gap, half = report.difference("TIM", "TSN", "top-1")        # over the seed that both have
+    assert gap == report.values("TIM", "top-1")[0] - report.values("TSN", "top-1")[0] and half == float("inf")
+
+
 def test_training_goes_from_bare_clips_to_cluttered_ones(monkeypatch):
     config = Config.preset("smoke", clips=16, harder_clips=8, curve_clips=(16,), curve_rows=("TIM",), test_clips=8,
                            harder_steps=3, test_clutter=(), test_shake=())
@@ -310,7 +320,7 @@ def test_training_goes_from_bare_clips_to_cluttered_ones(monkeypatch):
     assert [(s, r, len(f)) for s, r, f, _ in seen] == [
         (1, config.rate, 16), (3, config.harder_rate, 16), (3, config.harder_rate, 8)]
     assert torch.equal(seen[1][3], seen[2][3])                  # each second stage starts where the first ended
-    assert torch.equal(seen[0][2], torch.as_tensor(two_sweeps(16, 2000, "train", config.side, clutter=0).frames))
+    assert torch.equal(seen[0][2], torch.as_tensor(two_sweeps(16, 3000, "train", config.side, clutter=0).frames))
     assert torch.equal(seen[1][2][:8], seen[2][2]) and not torch.equal(seen[0][2][:8], seen[2][2])
     assert {"8 clips", "16 clips", "top-1"} <= set(found) and found["8 clips"] == found["top-1"]
     assert len(found["loss"]) == 4
