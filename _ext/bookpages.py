@@ -165,7 +165,9 @@ class Claims(Directive):
             else:
                 text, *found = "Not written yet: the method, without the experiment.", "", ""
             rows.append((f"{{doc}}`chapters/{chapter}`", text, *found))
-        return [_table(("Chapter", "Claim tested", "Holds", "Measured"), rows, self.state)]
+        table = _table(("Chapter", "Claim tested", "Holds", "Measured"), rows, self.state)
+        table["classes"].append("claims")
+        return [table]
 
 
 class Api(Directive):

@@ -461,8 +461,8 @@ def reproduce(
     root = book_root()
     every = [n for c in CHAPTERS if has_code(
         n := chapter_notebook(c, root))] + sorted(
-        (root / "nbs" / "foundations").glob("*.ipynb")) + sorted(
-        (root / "nbs" / "appendix").glob("*.ipynb"))
+        (root / "nbs" / "appendix").glob("*.ipynb")) + sorted(
+        (root / "nbs" / "foundations").glob("*.ipynb"))
     stems = [n.stem for n in every]
     for name in names or []:
         if name not in stems:
@@ -481,6 +481,9 @@ def reproduce(
             values = {"out_dir": str(folder)} if (
                 notebook.stem in CHAPTERS and is_written(notebook)) else {}
             jobs.append((notebook, folder / notebook.name, values))
+    # the longest first, so that no core idles while the last one ends
+    jobs.sort(key=lambda job: -(read_ledger(job[0].stem, root) or {}).get(
+        "seconds", 0))
     failed = [o for o in execute_all(jobs, typer.echo) if o.error]
     for o in failed:
         typer.echo(f"\n{o.name}: failed in this cell:\n{o.cell}\n{o.error}",

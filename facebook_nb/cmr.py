@@ -975,30 +975,28 @@ def benchmark(rows: Sequence[str], T: int = 8, side: int = 224,
     """Seconds a clip of ResNet-50, forward, best of `repeats`, by row.
 
     Returns dicts: row, seconds (of processor time where one thread
-    computes); on a GPU also peak_bytes. Channels-last. The first pass of a
-    process is slow: the system still hands out memory.
+    computes); on a GPU also peak_bytes, all networks included. Channels
+    last. Rows take turns, so that what else the machine does, and its slow
+    first passes, meet all of them alike.
     """
-    found, on_gpu = [], torch.device(device).type == "cuda"
+    on_gpu = torch.device(device).type == "cuda"
     alone = not on_gpu and torch.get_num_threads() == 1
     clock = time.process_time if alone else time.perf_counter
-    for row in rows:
-        net = resnet(50, 174, ROWS[row]).eval().to(
-            device, dtype, memory_format=torch.channels_last)
-        x = torch.zeros(1, T, 3, side, side, device=device, dtype=dtype)
-        times = []
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        with torch.no_grad():
-            for _ in range(repeats):
-                begun = clock()
+    nets = [resnet(50, 174, ROWS[row]).eval().to(
+        device, dtype, memory_format=torch.channels_last) for row in rows]
+    x = torch.zeros(1, T, 3, side, side, device=device, dtype=dtype)
+    found = [{"row": row, "seconds": float("inf")} for row in rows]
+    for _ in range(repeats):
+        for net, entry in zip(nets, found):
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            begun = clock()
+            with torch.no_grad():
                 net(x)
-                if on_gpu:
-                    torch.cuda.synchronize()
-                times.append(clock() - begun)
-        entry = {"row": row, "seconds": min(times)}
-        if on_gpu:
-            entry["peak_bytes"] = torch.cuda.max_memory_allocated()
-        found.append(entry)
+            if on_gpu:
+                torch.cuda.synchronize()
+                entry["peak_bytes"] = torch.cuda.max_memory_allocated()
+            entry["seconds"] = min(entry["seconds"], clock() - begun)
     return found
 
 # %% ../nbs/chapters/cmr.ipynb #train_row
@@ -1051,7 +1049,7 @@ def run(config: Config) -> Report:
                 "top-1", []).append(probe["top-1"])
     if config.timed:
         arrays |= folder.step("benchmark", lambda: {"latency": [
-            1e3 * r["seconds"] for r in benchmark(config.timed, repeats=2)]})
+            1e3 * r["seconds"] for r in benchmark(config.timed, repeats=3)]})
     report = Report("cmr", config.preset_name, config.seeds, metrics,
                     judge(config, metrics), folder.seconds, arrays)
     report.save(folder.path)

@@ -92,6 +92,15 @@ def test_h264_compresses_clips_apart(forgeries):
     assert loss(W.h264(x, clip, 40)[4:6]) < 1.5 * loss(W.h264(x[4:6], clip[4:6], 40))
 
 
+def test_h264_repeats_itself():
+    """With its macroblock tree x264 does not, from one call to the next."""
+    g = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.interpolate(torch.rand(60, 3, 16, 16, generator=g), (64, 64), mode="bicubic") * 255
+    x = (x + 8 * torch.randn(x.shape, generator=g)).clamp(0, 255).to(torch.uint8)
+    once, *more = (W.h264(x.repeat(3, 1, 1, 1), torch.arange(180) // 3, 23) for _ in range(6))
+    assert all(torch.equal(once, again) for again in more)
+
+
 def test_photographs_are_cut_as_faces_are_rendered():
     paths = sorted(data_folder("portraits").glob("*.png"))[:4]
     real = W.photo_clips([read_image(p) for p in paths], 64)

@@ -65,7 +65,7 @@ class VideoFile:
         import av
 
         try:
-            file = av.open(str(self.path))
+            file = av.open(str(self.path), metadata_errors="replace")
         except (av.FFmpegError, OSError) as error:
             raise UserError(
                 f"{self.path}: not readable as video ({_reason(error)}); "
@@ -98,10 +98,10 @@ class VideoFile:
             at, source = -1, iter(())
             for i in wanted.tolist():
                 target, image = int(self.pts[i]), None
-                if at < 0 or i - at > 24:
-                    file.seek(target, stream=stream, backward=True)
-                    source = file.decode(stream)
                 try:
+                    if at < 0 or i - at > 24:
+                        file.seek(target, stream=stream, backward=True)
+                        source = file.decode(stream)
                     for frame in source:
                         if frame.pts is not None and frame.pts >= target:
                             image = frame if frame.pts == target else None
@@ -193,9 +193,11 @@ class FrameArray:
 
     def __init__(self, path: str | Path, fps: float = 10.0):
         self.path, self.fps, self.variable = Path(path), fps, False
+        from tokenize import TokenError         # of a damaged header
+
         try:
             self.array = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, TokenError) as error:
             raise UserError(f"{path}: not readable as an array of frames "
                             f"({str(error)[:80]})") from None
         if self.array.ndim not in (3, 4) or not len(self.array):
