@@ -321,9 +321,7 @@ def write_video(path: str | Path, frames: np.ndarray, fps: float = 12,
                 Path(path).suffix, "mp4")) as file:
         stream = file.add_stream(
             "libx264", rate=Fraction(fps).limit_denominator(1001),
-            options={"crf": str(quality), "threads": "1",
-                     # with its default x264 does not repeat itself exactly
-                     "x264-params": "mbtree=0"})
+            options={"crf": str(quality), "threads": "1"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.time_base = stream.codec_context.time_base = tick
