@@ -85,7 +85,8 @@ def test_truncated_mkv_gives_what_is_there(tmp_path):
     clip = open_clip(tmp_path / "cut.mkv")
     assert 20 < len(clip) < 190
     whole = [number(f) for part in clip.chunks() for f in part]
-    assert whole == list(range(len(whole))) and len(whole) >= len(clip) - 8
+    # a cut may fall between a frame and those before it that are stored later: only the last three can have a gap
+    assert whole[:-3] == list(range(len(whole) - 3)) and whole == sorted(set(whole)) and len(whole) >= len(clip) - 8
     assert number(clip.read([10])[0]) == 10
 
 
