@@ -14,6 +14,7 @@ from docutils.statemachine import StringList
 
 DIRECTIVE = re.compile(r"\s*#\s*\|")
 FOLD = 30           # a longer cell folds by itself
+# a hyphen that begins a number, or stands alone between two names
 MINUS = re.compile(r"(?<![^\s>(\[±])-(?=\d)|(?<=\w )-(?= \w)")
 
 
