@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from facebook_nb import fpr
 from facebook_nb.experiment import Claim, Report
 from facebook_nb.files import UserError, read_json, read_weights, write_image
-from facebook_nb.fpr import MATCHED, OURS, PENALTIES, Config, How, Penalty
+from facebook_nb.fpr import MATCHED, OURS, PENALTIES, Config, HeadSettings, Penalty
 from facebook_nb.models.backbones import SmallResNet
 from tests import fpr_child
 
@@ -74,9 +74,14 @@ def test_fast_equals_literal(base, name):
         x, W, y = batch(pull=pull)
         up = torch.randn(24, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         theirs = literal(x, W, y, 16, 0.3, base, VARIANTS[name])
-        ours, _ = fpr.penalised_logits(x, W, y, How(60, 16, 0.3, base, VARIANTS[name]))
+        ours, _ = fpr.penalised_logits(x, W, y, HeadSettings(60, 16, 0.3, base, VARIANTS[name]))
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
         for a, b in zip(*(torch.autograd.grad((z * up).sum(), (x, W)) for z in (ours, theirs))):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        loss, _ = fpr.penalised_loss(x, W, y, HeadSettings(60, 16, 0.3, base, VARIANTS[name]))
+        theirs = F.cross_entropy(literal(x, W, y, 16, 0.3, base, VARIANTS[name]), y)
+        torch.testing.assert_close(loss, theirs, rtol=1e-10, atol=1e-10)
+        for a, b in zip(*(torch.autograd.grad(3 * l, (x, W)) for l in (loss, theirs))):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
@@ -87,7 +92,7 @@ def test_threshold_in_long_rows_with_ties(name):
     B, n, p = 40, 5000, VARIANTS[name]
     c = torch.randint(-50, 50, (B, n), generator=g) / 100
     t = torch.full((B,), 0.3)
-    c[:, 7] = fpr.OUT
+    c[:, 7] = fpr.EXCLUDED
     found = fpr.false_positives(c, t, p, n)
     fits = c <= (0.3 if p.negatives == "below_target" else 2)
     ranked = c[fits & (c > -1.5)].sort(descending=True).values
@@ -95,14 +100,15 @@ def test_threshold_in_long_rows_with_ties(name):
     assert found.hard == hard and found.k == fpr.threshold_rank(p, B, n, hard)
     assert found.threshold == ranked[found.k - 1]
     mask = torch.zeros(B, n, dtype=torch.bool)
-    mask[found.rows, found.columns] = True
-    assert torch.equal(mask, fits & (c > found.threshold)) and torch.equal(c[found.rows, found.columns], found.values)
+    i, j, v = found.entries()
+    mask[i, j] = True
+    assert torch.equal(mask, fits & (c > found.threshold)) and torch.equal(c[i, j], v)
 
 
 def test_no_candidate_left_gives_the_base_loss():
     W = F.normalize(torch.randn(7, 4, generator=torch.Generator().manual_seed(0)))
     x = -W[:3]                                              # nothing is less alike than the own one
-    hows = [How(7, 8, 0.3, penalty=p) for p in (PENALTIES["official"], None)]
+    hows = [HeadSettings(7, 8, 0.3, penalty=p) for p in (PENALTIES["official"], None)]
     y = torch.arange(3)
     (a, seen), (b, _) = (fpr.penalised_logits(x.requires_grad_(), W, y, how) for how in hows)
     assert torch.equal(a, b) and seen.k == 0 and seen.selected == 0 and math.isnan(seen.threshold)
@@ -114,7 +120,7 @@ def test_no_candidate_left_gives_the_base_loss():
 def test_cross_entropy_is_that_of_torch():
     z = (30 * torch.randn(20, 4000, generator=torch.Generator().manual_seed(0))).requires_grad_()
     y = torch.arange(20)
-    ours, theirs = fpr.split_cross_entropy(z, y, How(4000)), F.cross_entropy(z, y)
+    ours, theirs = fpr.split_cross_entropy(z, y, HeadSettings(4000)), F.cross_entropy(z, y)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(torch.autograd.grad(3 * loss, z)[0] for loss in (ours, theirs)), atol=1e-7, rtol=1e-5)
 
@@ -137,7 +143,7 @@ def test_sharded_head_equals_the_whole(ranks, tmp_path):
         sizes = sizes if ranks == 3 else [sizes[0], sum(sizes[1:])]
         what.append(dict(x=x, W=W, y=y, sizes=sizes, how=how))
         x, W = x.clone().requires_grad_(), W.clone().requires_grad_()
-        z, seen = fpr.penalised_logits(x, W, y, How(**how))
+        z, seen = fpr.penalised_logits(x, W, y, HeadSettings(**how))
         loss = F.cross_entropy(z, y)
         wholes.append((z, loss, *torch.autograd.grad(loss, (x, W)), seen))
     fpr_child.start(ranks, tmp_path, "many", what)
@@ -146,7 +152,7 @@ def test_sharded_head_equals_the_whole(ranks, tmp_path):
         mine = [part[job] for part in parts]
         for part in mine:
             assert abs(part["loss"] - loss) <= 1e-5
-            assert part["info"][:4] == list(seen[2:6])
+            assert part["info"][:4] == [a.item() for a in seen[2:6]]
             torch.testing.assert_close(part["rho"], seen.rho)
         torch.testing.assert_close(torch.cat([part["z"] for part in mine], 1), z, rtol=1e-5, atol=1e-4)
         for key, whole in (("d_x", d_x), ("d_W", d_W)):
@@ -173,7 +179,7 @@ def test_head_on_a_device_in_bf16(device):
         head.weight.copy_(W)
     with torch.autocast(device.type, torch.bfloat16):
         loss = head(x.detach().to(device), y.to(device))
-    z, _ = fpr.penalised_logits(x, W, y, How(60))
+    z, _ = fpr.penalised_logits(x, W, y, HeadSettings(60))
     torch.testing.assert_close(loss.cpu(), F.cross_entropy(z, y), rtol=1e-4, atol=1e-4)
     loss.backward()
     assert torch.isfinite(head.weight.grad).all()
@@ -188,22 +194,35 @@ def test_start_does_not_depend_on_the_processes():
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(classes=1), "classes=1"), (dict(base="sphere"), "sphere"), (dict(penalty="strong"), "strong")])
+    (dict(classes=1), "classes=1"), (dict(base="sphere"), "sphere"), (dict(penalty="strong"), "strong"),
+    (dict(s=0.0), "s=0"), (dict(s=math.nan), "s=nan"), (dict(m=4.0, base="arcface"), "m=4"), (dict(m=-0.1), "m=-0.1")])
 def test_head_refuses(change, message):
     with pytest.raises(UserError, match=message):
         fpr.FPRHead(**dict(dim=4, classes=5) | change)
 
 
 @pytest.mark.parametrize("change", [
-    dict(negatives="none"), dict(rate=0.0), dict(rate=1.0), dict(power=-1), dict(average="sum"), dict(detach="all")])
+    dict(negatives="none"), dict(rate=0.0), dict(rate=1.0), dict(power=-1), dict(average="sum"), dict(detach="all"),
+    dict(alpha=math.nan), dict(alpha=-1.0)])
 def test_penalty_refuses(change):
     with pytest.raises(UserError, match=f"penalty: {[*change][0]}"):
         Penalty(**change)
 
 
-def test_a_class_that_does_not_exist():
-    with pytest.raises(UserError, match="0 to 4"):
-        fpr.FPRHead(3, 5)(torch.randn(2, 3), torch.tensor([1, 5]))
+@pytest.mark.parametrize("x, y, message", [
+    (torch.ones(2, 3), [1, 5], "classes 1 to 5: the head has 0 to 4"), (torch.ones(0, 3), [], "no images"),
+    (torch.ones(2, 3), [1.0, 2.0], "integers"), (torch.ones(2, 3), [[1], [2]], r"classes \(2, 1\)"),
+    (torch.ones(2, 4), [1, 2], r"\(B, 3\) floating"), (torch.tensor([[1.0, 2, 3], [1, math.nan, 3]]), [1, 2], "1 of 2")])
+def test_a_batch_that_makes_no_sense_is_said(x, y, message):
+    y = torch.tensor(y) if y else torch.zeros(0, dtype=torch.long)
+    with pytest.raises(UserError, match=message):
+        fpr.FPRHead(3, 5)(x, y)
+
+
+def test_a_rate_at_which_nothing_is_penalised_is_said():
+    fpr._warn_if_idle.cache_clear()
+    with pytest.warns(UserWarning, match="r_u=0.0001 of 4 × 9 cosines leaves none"):
+        fpr.FPRHead(3, 10, penalty="paper")(torch.randn(4, 3), torch.arange(4))
 
 
 def test_group_rates_by_hand():
