@@ -192,8 +192,8 @@ def member(rank, ranks, port, out):
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             keep("sharded lost", args[0], fit(*args, device="cpu", folder=folder, **more))
-        assert [str(w.message).partition("checkpoints/")[2][:35] for w in said] == [
-            "step-000010.rank-1.safetensors: no "][:1 - rank]
+        said = [str(w.message) for w in said if "checkpoint" in str(w.message)]
+        assert len(said) == 1 - rank and all("step-000010.rank-1.safetensors: no such" in text for text in said), said
         args = plain(steps=5)
         loss = args[1]
         try:                            # NaN in one process stops both
