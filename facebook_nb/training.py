@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from .files import (
-    UserError, progress, read_weights, write_atomic, write_weights)
+from facebook_nb.files import (
+    UserError, plumbing, progress, read_weights, write_atomic,
+    write_weights)
 from facebook_nb.processes import (
     accelerator, ask_first, count, end_with_parent, everyone, first, join,
     rank)
@@ -395,6 +396,7 @@ class Run:
 CHECKPOINT = re.compile(r"step-(\d{6,})(?:\.rank-(\d+))?\.safetensors")
 
 
+@plumbing
 def _tensors(run: Run):
     """(name, tensor, the parameter or buffer to which it belongs)."""
     for name, value in run.model.state_dict(keep_vars=True).items():
@@ -409,6 +411,7 @@ def _tensors(run: Run):
         yield f"average/{i}", value, p
 
 
+@plumbing
 def save_checkpoint(folder: Path, run: Run, settings: Mapping) -> None:
     """Write folder/step-N.safetensors, whole; then remove old ones.
 
@@ -436,6 +439,7 @@ def save_checkpoint(folder: Path, run: Run, settings: Mapping) -> None:
         _remove_old(folder, run)
 
 
+@plumbing
 def _write(path: Path, tensors: Mapping, **record) -> None:
     record["tensors"] = {k: list(v.shape) for k, v in tensors.items()}
     # as a tensor, so that the digest covers it
@@ -444,6 +448,7 @@ def _write(path: Path, tensors: Mapping, **record) -> None:
     write_weights(path, {**tensors, "record": record})
 
 # %% ../nbs/foundations/training.ipynb #remove-old
+@plumbing
 def _checkpoints(folder: Path) -> list[Path]:
     """Newest first; a copy that somebody made is not one of them."""
     found = {path: CHECKPOINT.fullmatch(path.name)
@@ -453,11 +458,13 @@ def _checkpoints(folder: Path) -> list[Path]:
                   key=lambda path: int(found[path][1]))
 
 
+@plumbing
 def _steps(folder: Path) -> list[int]:
     return [int(CHECKPOINT.fullmatch(p.name)[1])
             for p in _checkpoints(folder)]
 
 
+@plumbing
 def _remove_old(folder: Path, run: Run) -> None:
     """Keep the last checkpoints up to this step, and this process's part."""
     steps = _steps(folder)
@@ -477,6 +484,7 @@ def _remove_old(folder: Path, run: Run) -> None:
                 remnant.unlink()
 
 # %% ../nbs/foundations/training.ipynb #load_checkpoint
+@plumbing
 def load_checkpoint(folder: Path, run: Run, settings: Mapping) -> None:
     """Continue `run` from the newest intact checkpoint, if there is one.
 
@@ -513,6 +521,7 @@ def load_checkpoint(folder: Path, run: Run, settings: Mapping) -> None:
         return
 
 
+@plumbing
 def _read(path: Path) -> tuple[dict, dict]:
     """(record, tensors) of a checkpoint. UserError if it is not whole."""
     tensors = read_weights(path)
@@ -529,12 +538,14 @@ def _read(path: Path) -> tuple[dict, dict]:
     return record, tensors
 
 
+@plumbing
 def _warn(run: Run, error: UserError) -> None:
     if not run.group.rank:
         warnings.warn(f"{error}; going on from the checkpoint before",
                       stacklevel=4)
 
 # %% ../nbs/foundations/training.ipynb #restore
+@plumbing
 @torch.no_grad()
 def _restore(run: Run, tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Take the values of name -> tensor, names as they were saved.
@@ -567,6 +578,7 @@ def _restore(run: Run, tensors: Mapping[str, Tensor], folder: Path) -> None:
         run.history.losses[name] = values.tolist()
 
 
+@plumbing
 def _settings(run: Run, schedule, samples: int, more) -> dict:
     """What must be the same when a run is resumed, ready for JSON."""
     free = ("accumulate", "workers", "log_every", "evaluate_every",
@@ -587,6 +599,7 @@ def _settings(run: Run, schedule, samples: int, more) -> dict:
     return json.loads(json.dumps(kept | (more or {}), default=str))
 
 # %% ../nbs/foundations/training.ipynb #TrainingError
+@plumbing
 class TrainingError(UserError):
     """The loss or the weights are no longer finite."""
 
@@ -614,6 +627,7 @@ def _fetch(rows: list, run: Run) -> None:
     rows.clear()
 
 
+@plumbing
 def _check_finite(run: Run) -> None:
     """Before a checkpoint: one that holds NaN would be resumed for ever."""
     total = sum(torch._foreach_norm(
@@ -626,6 +640,7 @@ def _check_finite(run: Run) -> None:
             "the loss was; lower the learning rate or set clip_norm")
 
 # %% ../nbs/foundations/training.ipynb #Reporter
+@plumbing
 class Reporter:
     """Shows how a run goes: a progress bar, and scalars in a file.
 
