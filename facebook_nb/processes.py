@@ -50,6 +50,8 @@ def join(device=None) -> None:
 
     if dist.is_initialized():
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:     # both launchers set it
+        end_with_parent()
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise UserError(f"WORLD_SIZE={several}, but no {name}; start "
@@ -211,6 +213,10 @@ def gather_rows(rows):
     return torch.from_numpy(whole).to(rows.device) if tensor else whole
 
 # %% ../nbs/foundations/processes.ipynb #end_with_parent
+PARENT = "FACEBOOK_NB_PARENT"   # number of the process that starts another
+_watching = 0                   # the process that did so already
+
+
 @plumbing
 def end_with_parent(*_) -> None:
     """From now on this process ends when the one that started it does.
@@ -220,6 +226,10 @@ def end_with_parent(*_) -> None:
     from threading import Thread
     from time import sleep
 
+    global _watching
+    if _watching == os.getpid():        # a forked child is another one
+        return
+    _watching = os.getpid()
     parent = int(os.environ.pop(PARENT, 0)) or os.getppid()
     if sys.platform == "linux":
         import ctypes
@@ -234,9 +244,6 @@ def end_with_parent(*_) -> None:
 
     Thread(target=watch, name="end_with_parent", daemon=True).start()
 
-
-PARENT = "FACEBOOK_NB_PARENT"   # number of the process that starts another
-
 # %% ../nbs/foundations/processes.ipynb #launch
 @plumbing
 def launch(copies: int, *arguments: str) -> int:
@@ -249,13 +256,14 @@ def launch(copies: int, *arguments: str) -> int:
 
     command = [sys.executable, "-m", "facebook_nb.processes", "--standalone",
                "--nproc_per_node", str(copies), *arguments]
-    launcher = subprocess.Popen(
-        command, env={**os.environ, PARENT: str(os.getpid())})
+    launcher = subprocess.Popen(        # Ctrl-C reaches this process alone
+        command, env={**os.environ, PARENT: str(os.getpid())},
+        start_new_session=True)
     try:
         return launcher.wait()
     finally:
-        if launcher.poll() is None:         # Ctrl-C, or a failure of ours
-            launcher.terminate()
+        if launcher.poll() is None:
+            launcher.kill()
             launcher.wait()
 
 
