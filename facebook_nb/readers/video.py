@@ -115,6 +115,10 @@ class VideoFile:
     def __len__(self) -> int:
         return len(self.pts)
 
+    def each(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        """(H, W, 3) uint8 RGB of rising frame numbers, one at a time."""
+        return self._decode(_checked(self.path, indices, len(self)).tolist())
+
     def read(self, indices: Sequence[int], wide=None) -> np.ndarray:
         """(n, H, W, 3) uint8 RGB: exactly these frames, in this order.
 
@@ -321,6 +325,10 @@ class FrameFolder:
         return _gathered(self.path, map(self._one, wanted.tolist()), places,
                          wide)
 
+    def each(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        """(H, W, 3) uint8 RGB, one at a time."""
+        return map(self._one, _checked(self.path, indices, len(self)).tolist())
+
     def _one(self, i: int) -> np.ndarray:
         if self.files[i] is None:
             raise UserError(f"{self.path}: frame number {self.first + i} is "
@@ -366,6 +374,10 @@ class FrameArray:
             return None
         each = [(f.min(), f.max()) for f in self.array]
         return min(low for low, _ in each), max(high for _, high in each)
+
+    def each(self, indices: Sequence[int]) -> Iterator[np.ndarray]:
+        """(H, W[, C]) uint8, one at a time."""
+        return (self.read([i])[0] for i in indices)
 
     def read(self, indices: Sequence[int], wide=None) -> np.ndarray:
         """(n, H, W[, C]) uint8, copied."""
