@@ -79,8 +79,8 @@ def is_written(notebook: Path) -> bool:
 
 def has_code(notebook: Path) -> bool:
     """Whether a notebook holds anything to run."""
-    return any(cell["cell_type"] == "code"
-               for cell in read_json(notebook)["cells"])
+    return notebook.exists() and any(
+        cell["cell_type"] == "code" for cell in read_json(notebook)["cells"])
 
 
 def chapter_module(chapter: str):
