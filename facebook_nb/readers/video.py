@@ -189,21 +189,42 @@ class FrameFolder:
 
 
 class FrameArray:
-    """A .npy file of frames: (T, H, W), or (T, H, W, C), mapped."""
+    """Frames as uint8, (T, H, W), or (T, H, W, C) with C of 1 to 4.
 
-    def __init__(self, path: str | Path, fps: float = 10.0):
-        self.path, self.fps, self.variable = Path(path), fps, False
+    source: a .npy file, which is mapped, or the array or tensor itself.
+    """
+
+    def __init__(self, source, fps: float = 10.0):
+        self.fps, self.variable = fps, False
+        if hasattr(source, "__array__"):
+            self.path, self.array = "array", np.asarray(
+                source.detach().cpu() if hasattr(source, "detach")
+                else source)
+        else:
+            self.path = Path(source)
+            self.array = self._mapped()
+        self._check()
+        self.times = np.arange(len(self.array)) / fps
+
+    def _mapped(self) -> np.ndarray:
         from tokenize import TokenError         # of a damaged header
 
         try:
-            self.array = np.load(path, mmap_mode="r", allow_pickle=False)
+            return np.load(self.path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError, TokenError) as error:
-            raise UserError(f"{path}: not readable as an array of frames "
-                            f"({str(error)[:80]})") from None
-        if self.array.ndim not in (3, 4) or not len(self.array):
-            raise UserError(f"{path}: shape {self.array.shape}, where frames "
-                            "(T, H, W, C) with T > 0 were expected")
-        self.times = np.arange(len(self.array)) / fps
+            raise UserError(f"{self.path}: not readable as an array of "
+                            f"frames ({str(error)[:80]})") from None
+
+    def _check(self) -> None:
+        x = self.array
+        if x.ndim not in (3, 4) or not x.size or x.shape[3:] > (4,):
+            raise UserError(f"{self.path}: shape {x.shape}, where frames "
+                            "(T, H, W) or (T, H, W, C) were expected, T > 0 "
+                            "and C of 1 to 4")
+        if x.dtype != np.uint8:
+            raise UserError(f"{self.path}: of {x.dtype}, where frames of "
+                            "uint8 (0 to 255) were expected; convert them "
+                            "with .astype(np.uint8)")
 
     def __len__(self) -> int:
         return len(self.array)
@@ -213,12 +234,14 @@ class FrameArray:
         return np.array(self.array[_checked(self.path, indices, len(self))])
 
 
-def open_clip(path: str | Path, fps: float | None = None):
-    """A video file, a folder of frames or a .npy file, by what it is.
+def open_clip(path, fps: float | None = None):
+    """A video file, a folder of frames, a .npy file or an array.
 
     fps: of a folder or an array, which do not know it (12 and 10 if not
     given). Raises UserError when there is nothing to read.
     """
+    if hasattr(path, "__array__"):
+        return FrameArray(path, fps or 10.0)
     path = Path(path)
     if path.is_dir():
         return FrameFolder(path, fps or 12.0)
