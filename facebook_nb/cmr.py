@@ -943,7 +943,7 @@ def views(clip, T: int, clips: int = 1, crops: int = 1, side: int = 224,
         raise UserError(f"{clip.path}: a still; a film of at least two "
                         "frames is wanted")
     order = clip_indices(len(clip), T, clips)
-    frames = resize(in_colour(clip, order.ravel()), *wide)
+    frames = in_colour(clip, order.ravel(), wide)
     if crops == 1:
         x, y = (wide[0] - side) // 2, (wide[1] - side) // 2
         parts = [frames[:, y : y + side, x : x + side]]
@@ -957,9 +957,9 @@ def views(clip, T: int, clips: int = 1, crops: int = 1, side: int = 224,
     return torch.from_numpy(np.concatenate(shaped))
 
 
-def in_colour(clip, indices) -> np.ndarray:
-    """Frames of a clip as (n, H, W, 3), grey ones repeated."""
-    frames = clip.read(indices)
+def in_colour(clip, indices, wide: tuple[int, int]) -> np.ndarray:
+    """Frames of a clip at `wide`, (n, height, width, 3); grey is repeated."""
+    frames = clip.read(indices, wide)
     frames = frames[..., None] if frames.ndim == 3 else frames
     if frames.shape[-1] == 2:
         raise UserError(f"{clip.path}: 2 channels a frame, where pictures "
@@ -1002,8 +1002,8 @@ class VideoBatches:
     def __getitem__(self, i: int):
         clip, side = open_clip(self.found.paths[i]), self.side
         rng = np.random.default_rng(int(torch.randint(2**31, ())))
-        frames = in_colour(clip, segment_indices(len(clip), self.T, rng))
-        frames = resize(frames, *self.wide)
+        frames = in_colour(clip, segment_indices(len(clip), self.T, rng),
+                           self.wide)
         w, h, x, y = draw_crop(*self.wide, side, rng)
         frames = resize(frames[:, y : y + h, x : x + w], side, side)
         label = int(self.found.labels[i])
@@ -1364,10 +1364,11 @@ def apply(inputs, weights=None, out_dir=None) -> list[dict]:
         maps = motion_maps(network, x)
         key = next((k for k in maps if k.endswith(".map")), None)
         if key and item.folder:
-            frames = in_colour(clip, segment_indices(len(clip), T))
+            frames = in_colour(clip, segment_indices(len(clip), T),
+                               (128, 96))
             row["picture"] = f"{item.stem}.png"
-            write_image(item.folder / row["picture"], overlay(
-                resize(frames, 128, 96), maps[key][0].numpy()))
+            write_image(item.folder / row["picture"],
+                        overlay(frames, maps[key][0].numpy()))
         return row
 
     return apply_each(inputs, judge, out_dir, FILMS, about["learnt"])

@@ -406,15 +406,16 @@ def test_apply_on_files_and_arrays(tmp_path):
     np.save(tmp_path / "grey.npy", np.zeros((9, 20, 30), np.uint8))
     np.save(tmp_path / "rgba.npy", np.zeros((9, 20, 30, 4), np.uint8))
     np.save(tmp_path / "flow.npy", np.zeros((9, 20, 30, 2), np.uint8))
-    np.save(tmp_path / "float.npy", np.zeros((9, 20, 30, 3)))
-    names = ["good.mp4", "bad.mp4", "still.png", "grey.npy", "rgba.npy", "flow.npy", "float.npy"]
+    np.save(tmp_path / "float.npy", np.random.default_rng(0).random((9, 20, 30, 3)))
+    np.save(tmp_path / "text.npy", np.full((9, 20, 30, 3), "a"))
+    names = ["good.mp4", "bad.mp4", "still.png", "grey.npy", "rgba.npy", "flow.npy", "text.npy", "float.npy"]
     inputs = [tmp_path / n for n in names] + [film, torch.from_numpy(film), film[:1]]
     rows = cmr.apply(inputs, weights, tmp_path / "out")
-    for k in (0, 3, 4, 7, 8):
+    for k in (0, 3, 4, 7, 8, 9):
         assert rows[k]["label"] in cmr.CLASSES and sum(rows[k]["scores"].values()) == pytest.approx(1, abs=1e-3)
         assert (tmp_path / "out" / rows[k]["picture"]).exists() and "this book" in rows[k]["weights"]
-    assert rows[7]["scores"] == rows[8]["scores"]
-    for k, message in ((1, "not readable as video"), (2, "a still"), (5, "2 channels"), (6, "float64"), (9, "a still")):
+    assert rows[8]["scores"] == rows[9]["scores"]
+    for k, message in ((1, "not readable as video"), (2, "one picture"), (5, "2 channels"), (6, "text.npy"), (10, "a still")):
         assert message in rows[k]["error"] and "label" not in rows[k]
     assert list(json.loads((tmp_path / "out" / "results.json").read_text())[0])[0] == "input"
     assert cmr.apply(film, weights)[0]["label"] in cmr.CLASSES     # one film, and nothing written

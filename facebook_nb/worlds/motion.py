@@ -196,7 +196,7 @@ def two_swells(count: int, seed: int, split: str = "train", size: int = 32,
 # %% ../../nbs/foundations/motion.ipynb #ACTIONS
 ACTIONS = ("sweep", "nod", "tremble", "stir", "sway")   # names of the classes
 _ANGLE = np.pi * np.array([0.0, 0.5, 0.25, 0.75, 0.0])   # of the swing
-_PERIOD = np.array([8.0, 8.0, 4.0, 6.0, 16.0])           # frames a swing
+_PERIOD = np.array([9.0, 13.0, 4.0, 6.0, 20.0])          # frames a swing
 _SIDE = np.array([1, -1, 1, -1, -1])                     # of the start kick
 _KICK = np.array([1.0, 0.6])                             # two frames
 
@@ -219,7 +219,8 @@ class Plan:
     place: np.ndarray
 
 
-def _plan(rng, T: int, shortest: int, longest: int) -> Plan:
+def _plan(rng, T: int, shortest: int, longest: int, inset: float = 0,
+          decoys: float = 1 / 60) -> Plan:
     span = lambda low, high: int(round(np.exp(
         rng.uniform(np.log(low), np.log(high)))))
     segments, labels, gradual, pauses = [], [], [], []
@@ -240,21 +241,22 @@ def _plan(rng, T: int, shortest: int, longest: int) -> Plan:
         swing = 3.0 * grow * np.sin(phase)
         way = np.array([np.cos(_ANGLE[k]), np.sin(_ANGLE[k])])
         place[t : t + n] += swing[:, None] * way
-        _kick(place, t, k, 1)
-        _kick(place, t + n - 2, k, -1)
+        late, early = (rng.uniform(0, inset, 2) * n).astype(int)
+        _kick(place, t + late, k, 1)
+        _kick(place, t + n - 2 - early, k, -1)
         segments.append((t, t + n))
         labels.append(k)
         gradual.append(slow)
         busy[max(0, t - 4) : t + n + 4] = True
         t += n + span(6, 70)
     free = np.flatnonzero(~busy[: T - 2])
-    count = rng.binomial(len(free), 1 / 60)
-    decoys = np.sort(rng.choice(free, count, replace=False))
-    for d in decoys:
+    count = rng.binomial(len(free), decoys)
+    alone = np.sort(rng.choice(free, count, replace=False))
+    for d in alone:
         _kick(place, d, int(rng.integers(len(ACTIONS))),
               int(rng.choice([-1, 1])))
     return Plan(np.array(segments, np.float32).reshape(-1, 2),
-                np.array(labels, np.int64), decoys.astype(np.int64),
+                np.array(labels, np.int64), alone.astype(np.int64),
                 np.array(gradual, bool), pauses, place)
 
 
@@ -274,11 +276,13 @@ class Untrimmed:
 
 def untrimmed(count: int, seed: int, split: str = "train", length: int = 512,
               size: int = 32, start: int = 0, shortest: int = 6,
-              longest: int = 90) -> Untrimmed:
+              longest: int = 90, inset: float = 0,
+              decoys: float = 1 / 60) -> Untrimmed:
     """Grey sequences `start` to `start + count` of a split.
 
     length: frames. shortest, longest: frames of an action (log-uniform, as
-    are the gaps, 6 to 70).
+    are the gaps, 6 to 70). inset: the kicks lie up to this share of an action
+    inside of it, drawn for each. decoys: a frame of background.
     """
     if length < shortest + 12:
         raise UserError(f"length: {length} frames hold no action; "
@@ -286,7 +290,7 @@ def untrimmed(count: int, seed: int, split: str = "train", length: int = 512,
     frames = np.empty((count, length, size, size), np.uint8)
     plans = []
     for n, rng in enumerate(_streams(seed, f"un {split}", start, count)):
-        plan = _plan(rng, length, shortest, longest)
+        plan = _plan(rng, length, shortest, longest, inset, decoys)
         plans.append(plan)
         frames[n] = _draw_sequence(rng, plan.place, size)
     return Untrimmed(frames, plans)
