@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPE', 'EXPRESSION', 'LOOK', 'GROUPS', 'OCCLUDERS', 'PARSING', 'MOUTH', 'EYE', 'LANDMARKS', 'CROPS', 'FINE',
-           'head_profile', 'nose_relief', 'head_relief', 'outline_fields', 'feature_fields', 'mouth_fields',
+           'PAINTERS', 'head_profile', 'nose_relief', 'head_relief', 'outline_fields', 'feature_fields', 'mouth_fields',
            'shape_fields', 'mouth_gap', 'expression_fields', 'HeadModel', 'skin_fields', 'head_model', 'People',
            'sample_people', 'Photos', 'harmonics', 'sample_photos', 'hair_start', 'hair_lift', 'rotation', 'Geometry',
            'face_geometry', 'skin_colour', 'hair_colour', 'grain', 'Surface', 'paint_skin', 'paint_nose', 'label_skin',
@@ -102,9 +102,9 @@ def nose_relief(x: np.ndarray, v: np.ndarray) -> np.ndarray:
     )
     z = h * np.exp(-((ax / w) ** 2.1) * 0.8)
     z += 0.22 * g(0, -3.35, 0.55, 0.5)
-    wing = np.exp(-(np.abs((ax - 1.16) / 0.54) ** 2.3)
-                  - np.abs((v + 3.66) / 0.62) ** 2.3)  # fmt: skip
-    z += 1.20 * wing * (1 - 0.4 * _step(0.9, 0.3, ax))
+    wing = np.exp(-(np.abs((ax - 1.16) / 0.56) ** 2.1)
+                  - np.abs((v + 3.66) / 0.66) ** 2.1)  # fmt: skip
+    z += 1.12 * wing * (1 - 0.4 * _step(0.9, 0.3, ax))
     z -= 0.16 * np.exp(-(((ax - 0.72) / 0.18) ** 2)) * g(0.74, -3.45, 9, 0.42)
     hole = np.exp(-(((ax - 0.64) / 0.30) ** 4) - ((v + 4.26) / 0.20) ** 4)
     z -= 0.45 * hole
@@ -213,7 +213,9 @@ def feature_fields(x, v) -> dict[str, np.ndarray]:
         "eye_height": T(0, 0.18 * g(3.1, 0.4, 2.6, 1.8), 0),
         "nose_length": T(0, -0.34 * nose, 0),
         "nose_width": T(
-            0.20 * sx * g(1.25, -3.7, 0.7, 0.8), 0, 0.05 * g(1.2, -3.7, 0.5, 0.5)
+            0.20 * sx * g(1.25, -3.7, 0.7, 0.8),
+            0,
+            0.05 * g(1.2, -3.7, 0.5, 0.5),
         ),
         "bridge_width": T(0.14 * sx * g(0.85, -1.2, 0.6, 1.4), 0, 0),
         "bridge_height": T(0, 0, 0.22 * g(0, -0.5, 0.95, 1.4)),
@@ -259,7 +261,8 @@ def shape_fields(x, v, p) -> dict[str, np.ndarray]:
         + 0.26 * sx * g(4.4, -9.8, 1.5, 1.3)
         + 0.16 * sx * g(1.9, -10.6, 1.1, 1.1)
         + 0.075 * px * neck + 0.05 * px * shoulder
-        + 0.07 * sx * g(1.25, -3.7, 0.7, 0.8),
+        + 0.07 * sx * g(1.25, -3.7, 0.7, 0.8)
+        + 0.09 * sx * g(2.4, -7.0, 1.2, 1.1),
         -0.30 * lower - 0.26 * g(3.1, 2.0, 2.3, 0.75)
         - 0.09 * v * g(3.1, 0.0, 1.6, 0.9) - 0.14 * nose
         + 0.06 * g(0, -6.2, 2.0, 0.4) * _step(-7, -6.6, v),
@@ -314,7 +317,7 @@ def expression_fields(x, v) -> dict[str, np.ndarray]:
     lips = low * mouth_gap(ax) * _step(-8.8, -7.8, v)
     lift = (1 - low) * mouth_gap(ax) * _step(-5.2, -6.3, v)
     smile = T(
-        0.60 * sx * g(2.5, -7.0, 1.1, 1.0) + 0.15 * sx * g(3.9, -4.6, 1.0, 1.4),
+        0.48 * sx * g(2.5, -7.0, 1.1, 1.0) + 0.15 * sx * g(3.9, -4.6, 1.0, 1.4),
         0.46 * g(2.6, -7.0, 0.9, 0.9) + 0.30 * g(3.7, -3.6, 1.3, 1.5)
         + 0.12 * g(3.1, -0.7, 1.5, 0.45) + 0.10 * g(1.2, -3.8, 0.6, 0.5),
         0.42 * g(3.8, -3.2, 1.1, 1.1) - 0.40 * g(2.5, -7.0, 1.0, 0.9)
@@ -381,8 +384,8 @@ def _angles(fine: bool) -> np.ndarray:
     front = np.arcsin(
         np.concatenate([np.arange(0, 1.98, a), np.arange(1.98, 5.2, b)]) / 7.2
     )
-    rest = np.concatenate([np.linspace(front[-1], math.pi / 2, n)[1:],
-                           np.linspace(math.pi / 2, math.pi, n - 1)[1:]])  # fmt: skip
+    side = np.linspace(front[-1], math.pi / 2, n)[1:]
+    rest = np.append(side, np.linspace(math.pi / 2, math.pi, n - 1)[1:])
     half = np.concatenate([front, rest])
     return np.concatenate([-half[:0:-1], half])
 
@@ -451,8 +454,8 @@ def _ears(points, basis, rows, cols):
         bases.append(b)
         rest.append(np.stack([side * 7.0 + 0 * r, -1.7 + up,
                               side * (11 + r)], -1).reshape(-1, 3))  # fmt: skip
-    # seen from outside the triangles of the left ear run the other way
-    return np.concatenate(points_), np.concatenate(bases, 1), np.concatenate(rest)
+    join = np.concatenate
+    return join(points_), join(bases, 1), join(rest)
 
 # %% ../../nbs/foundations/faces.ipynb #head_model
 def skin_fields(x, v) -> np.ndarray:
@@ -528,7 +531,7 @@ _LOOK = {
     "age": (38, 14, 18, 80, 0, (0, 0, 0, 0)),
     "melanin": (0.78, 0.24, 0.05, 2.1, 0, (-0.55, -0.30, 0.20, 0.70)),
     "blood": (0.46, 0.13, 0.15, 0.85, 0.1, (0.05, -0.05, 0, 0)),
-    "hair_dark": (0.74, 0.24, 0.05, 1, 0, (-0.25, 0.16, 0.2, 0.24)),
+    "hair_dark": (0.84, 0.24, 0.05, 1, 0, (-0.25, 0.16, 0.2, 0.24)),
     "hair_red": (0.22, 0.22, 0, 1, 0, (0.15, -0.05, 0, -0.05)),
     "hair_volume": (1.0, 0.45, 0.25, 2.6, -0.2, (0, 0, 0, 0.1)),
     "hair_long": (0.08, 0.50, 0, 1, -0.8, (0, 0, 0, -0.1)),
@@ -819,9 +822,10 @@ def _moods(mood: np.ndarray, kind: np.ndarray) -> np.ndarray:
         (slice(None), EXPRESSION.index(name)), value)  # fmt: skip
     much = 0.35 + 0.65 * mood[:, 0]
     between = lambda a, b: (a <= kind) * (kind < b) * much
-    closed, wide, laugh = between(0.3, 0.5), between(0.5, 0.68), between(0.68, 0.76)
-    talk, shock, sad = between(0.76, 0.84), between(0.84, 0.89), between(0.89, 0.94)
-    angry = between(0.94, 1.01)
+    ends = 0.3, 0.5, 0.68, 0.76, 0.84, 0.89, 0.94, 1.01
+    closed, wide, laugh, talk, shock, sad, angry = map(
+        between, ends[:-1], ends[1:]
+    )
     put("smile", 0.06 + 0.8 * closed + 0.9 * wide + 1.0 * laugh)
     put("show", 0.55 * wide + 0.5 * laugh + 0.2 * angry * (mood[:, 1] > 0.5))
     put("open", 0.05 * wide + 0.35 * laugh + 0.30 * talk + 0.40 * shock
@@ -929,7 +933,8 @@ def hair_start(x: Tensor, v: Tensor, look) -> Tensor:
     line = line - fringe * middle * sweep.clamp(0.1, 1.7)
     bay = torch.exp(-(((ax - 3.4) / 1.5) ** 2))
     bald = (look["recede"] - 0.55).clamp(min=0) * 16
-    line = line + (0.4 + look["recede"] * 2.0) * bay + bald * s((7.2 - ax) * 1.5)
+    line = line + (0.4 + look["recede"] * 2.0) * bay
+    line = line + bald * s((7.2 - ax) * 1.5)
     return v - line
 
 
@@ -939,18 +944,20 @@ def hair_lift(x, v, hair, look, seed) -> Tensor:
     front = torch.exp(-((x / 4.5) ** 2) - ((v - 8.6) / 2.0) ** 2)
     full = 0.9 * look["hair_volume"] * (0.35 + 0.65 * top)
     full = full * (1 - look["hair_sides"] * (0.75 - 0.35 * top))
-    full = full + 1.3 * look["hair_up"] * front * (1 + 0.12 * x * look["parting"])
+    aside = 1 + 0.12 * x * look["parting"]
+    full = full + 1.3 * look["hair_up"] * front * aside
     full = full * (1 - 0.55 * look["hair_tied"]) * (1 - 0.5 * look["recede"])
     p = 6.28 * seed
-    lock = torch.sin(1.1 * x + 0.4 * v + p) * torch.sin(0.9 * v - 0.3 * x + 2 * p)
+    lock = torch.sin(1.1 * x + 0.4 * v + p)
+    lock = lock * torch.sin(0.9 * v - 0.3 * x + 2 * p)
     lock = lock + 0.6 * torch.sin(2.3 * x + 3 * p + torch.sin(1.7 * v))
     curls = torch.sin(3.1 * x + p) * torch.sin(2.9 * v + 2 * p)
     full = full * (1 + 0.10 * lock + 0.16 * look["hair_curl"] * curls)
     groove = torch.exp(-(((x - 3.2 * look["parting"]) / 0.5) ** 2))
     groove = groove * (v > 6) * (look["parting"].abs() > 0.3)
     full = full * (1 - 0.35 * groove * (1 - look["hair_curl"]))
-    rise = (hair / 2.4).clamp(0, 1) ** torch.where(look["fringe"] > 0.3, 0.5, 1.0)
-    return full.clamp(min=0.02) * rise
+    steep = torch.where(look["fringe"] > 0.3, 0.5, 1.0)
+    return full.clamp(min=0.02) * (hair / 2.4).clamp(0, 1) ** steep
 
 
 def _veil(look, seed, device) -> Tensor:
@@ -1019,15 +1026,17 @@ def _normals(points, grids) -> Tensor:
     for rows, cols in grids:
         g = points[:, start : start + rows * cols].unflatten(1, (rows, cols))
         start += rows * cols
-        pad = F.pad(g.permute(0, 3, 1, 2), (1, 1, 1, 1), "replicate")
-        right = pad[:, :, 1:-1, 2:] - pad[:, :, 1:-1, :-2]
-        up = pad[:, :, :-2, 1:-1] - pad[:, :, 2:, 1:-1]
-        n = torch.linalg.cross(right, up, dim=1)
-        out.append(_unit(n, 1).flatten(2).transpose(1, 2))
+        pad = F.pad(g.permute(3, 0, 1, 2), (1, 1, 1, 1), "replicate")
+        a, b, c = pad[:, :, 1:-1, 2:] - pad[:, :, 1:-1, :-2]  # right
+        p, q, r = pad[:, :, :-2, 1:-1] - pad[:, :, 2:, 1:-1]  # up
+        n = torch.stack([b * r - c * q, c * p - a * r, a * q - b * p])
+        out.append(_unit(n, 0).flatten(2).permute(1, 2, 0))
     return torch.cat(out, 1)
 
 # %% ../../nbs/foundations/faces.ipynb #face_geometry
-def face_geometry(people: People, photos: Photos, fine: bool = True) -> Geometry:
+def face_geometry(
+    people: People, photos: Photos, fine: bool = True
+) -> Geometry:
     """Deform, dress and pose the head of each photo.
 
     people: the B people of the B photos, in their order; fine: `head_model`.
@@ -1035,9 +1044,9 @@ def face_geometry(people: People, photos: Photos, fine: bool = True) -> Geometry
     model = head_model(str(people.shape.device), fine)
     look = {k: people[k][:, None] for k in LOOK}
     code = torch.cat([people.shape, photos.expression], 1).double()
-    points = model.points + (code @ model.basis.flatten(1)).view(
-        len(code), -1, 3
-    )
+    moved = code @ model.basis.flatten(1)
+    # float64 rounded to float32: the same bits whatever the batch
+    points = (model.points + moved.view(len(code), -1, 3)).float()
     heads = model.grids[0][0] * model.grids[0][1]
     x, v = model.rest[None, :, 0], model.rest[None, :, 1]
     hair = hair_start(x, v, look)
@@ -1047,26 +1056,28 @@ def face_geometry(people: People, photos: Photos, fine: bool = True) -> Geometry
     flat = _normals(points[:, :heads], model.grids[:1])
     seed = people.noise[:, :1]
     lift = hair_lift(x[:, :heads], v[:, :heads], hair[:, :heads], look, seed)
-    lift = (lift * (v[:, :heads] > -9))[..., None].double()
+    lift = (lift * (v[:, :heads] > -9))[..., None]
     points[:, :heads] += lift * flat
-    points[:, -n_veil:] = _veil(look, seed[:, 0], points.device)
+    points[:, -n_veil:] = _veil(look, seed[:, 0], points.device).float()
     # ears under long hair lie flat
     under = (look["hair_long"] > 0.12) & (look["hair_tied"] < 0.5)
-    under = (under & (look["hair_tuck"] < 0.5))[..., None].double()
+    under = (under & (look["hair_tuck"] < 0.5))[..., None].float()
     points[:, heads:-n_veil, :1] *= 1 - 0.22 * under
     points, cover = _cover(points, photos, x, v, heads)
     turn = rotation(photos.yaw, photos.pitch, photos.roll)
     pivot = points.new_tensor([0.0, -4.0, -2.0])
-    turned = (points - pivot) @ turn.transpose(1, 2) + pivot
+    x, y, z = (points - pivot).unbind(-1)
+    r = turn.float()[:, None, :, :]
+    turned = x[..., None] * r[..., 0] + y[..., None] * r[..., 1]
+    turned = turned + z[..., None] * r[..., 2] + pivot
     y = points[..., 1:2]  # the shoulders hardly turn
     stiff = ((y + 19.5) / 8.0).clamp(0, 1)
     stiff = 0.12 + 0.88 * stiff * stiff * (3 - 2 * stiff)
     posed = points + stiff * (turned - points)
-    # float64 rounded to float32: the same bits whatever the batch
     return Geometry(
-        posed.float(),
-        _normals(posed, model.grids).float(),
-        points.float(),
+        posed,
+        _normals(posed, model.grids),
+        points,
         turn.float(),
         hair,
         cover,
@@ -1124,7 +1135,7 @@ def hair_colour(dark: Tensor, red: Tensor, grey: Tensor) -> Tensor:
     brown = dark.new_tensor([3.3, 3.9, 4.5])[:, None]
     warm = 1 + red * dark.new_tensor([0.6, -0.1, -0.35])[:, None]
     colour = base * torch.exp(-brown * dark) * warm
-    return colour + grey * (0.36 - colour)
+    return colour + grey * (0.42 - colour)
 
 # %% ../../nbs/foundations/faces.ipynb #grain
 @lru_cache(maxsize=4)
@@ -1339,7 +1350,7 @@ def paint_mouth(s: Surface) -> None:
     bright = p.colour(0.42, 0.05, 0.06) * (1 - 0.25 * p.look("melanin"))
     colour = natural + (1.3 * (red - 0.50)).clamp(0, 0.75) * (bright - natural)
     colour = colour * (1 - 0.14 * _soft(v + 7.0, 0.2)) * (1 + 0.05 * strand)
-    s.over(at, colour, (0.72 + 0.4 * red).clamp(max=0.95) * lip)
+    s.over(at, colour, (0.64 + 0.5 * red).clamp(max=0.95) * lip)
     s.gloss[at] = s.gloss[at] * (1 + lip * (0.5 + red))
     s.shine[at] = s.shine[at] - 0.14 * lip
     s.height[at] = s.height[at] + lip * 0.006 * strand
@@ -1381,11 +1392,12 @@ def lid_edges(e: Tensor, open_: Tensor) -> tuple[Tensor, Tensor]:
 
 def lid_opening(blink, raised, squint):
     """Share of the lids' rest opening."""
-    return ((1 - blink) * (1 + 0.12 * raised) * (1 - 0.28 * squint)).clamp(0, 1.2)
+    open_ = (1 - blink) * (1 + 0.12 * raised) * (1 - 0.28 * squint)
+    return open_.clamp(0, 1.2)
 
 # %% ../../nbs/foundations/faces.ipynb #paint_eyes
 def paint_eyes(s: Surface) -> None:
-    """Eyeball with a gazing iris, lids, lashes, the lid's crease, eye shadow."""
+    """Eyeball with a gazing iris, lids with a crease, lashes, eye shadow."""
     cx, cv, half = EYE
     p, at = s.near(
         (s.part == 0) & ((s.ax - cx).abs() < 2.3) & ((s.v - 0.3).abs() < 1.9)
@@ -1437,7 +1449,8 @@ def paint_eyes(s: Surface) -> None:
     ball = white + _soft(0.61 - r, 0.11) * (iris - white)
     ball = ball * (1 - 0.66 * torch.exp(-((up - v) / 0.20).clamp(min=0)))
     s.over(at, ball, inside)
-    wet = torch.exp(-(((v - low + 0.05) / 0.045) ** 2)) * reach * open_.clamp(max=1)
+    wet = torch.exp(-(((v - low + 0.05) / 0.045) ** 2)) * reach
+    wet = wet * open_.clamp(max=1)
     s.over(at, s.albedo[:, at] * p.colour(1.12, 0.98, 0.96) + 0.02, 0.45 * wet)
     lash = p.look("lash")
     wide = 0.055 + 0.075 * lash * (0.55 + 0.45 * e)
@@ -1449,9 +1462,8 @@ def paint_eyes(s: Surface) -> None:
     rim = torch.maximum(rim, (0.30 + 0.5 * lash) * hairs * reach)
     under = torch.exp(-(((v - low + 0.06) / 0.05) ** 2)) * reach
     under = under * (0.12 + 0.45 * lash) * (0.6 + 0.4 * e)
-    dark = hair_colour(
-        (p.look("hair_dark") + 0.35 - 0.25 * lash).clamp(max=1), 0 * lash, 0 * lash
-    )
+    dark = (p.look("hair_dark") + 0.35 - 0.25 * lash).clamp(max=1)
+    dark = hair_colour(dark, 0 * lash, 0 * lash)
     s.over(at, 0.35 * dark, torch.maximum(rim, under).clamp(0, 0.95))
     s.mark(at, "eyes", inside > 0.5)
     s.eye[at] = inside
@@ -1464,7 +1476,7 @@ def paint_eyes(s: Surface) -> None:
 def brow_line(r: Tensor, arch: Tensor) -> Tensor:
     """Height (cm) of the brow's middle at r = 0 (inner) .. 1 (outer)."""
     r = r.clamp(-0.1, 1.1)
-    return 1.66 + (0.52 + 0.14 * arch) * torch.sin(2.35 * r) - 0.10 * r
+    return 1.80 + (0.38 + 0.14 * arch) * torch.sin(2.35 * r) - 0.10 * r
 
 
 def paint_brows(s: Surface) -> None:
@@ -1476,12 +1488,14 @@ def paint_brows(s: Surface) -> None:
     half = 0.38 * p.look("brow_thick") * (1 - 0.72 * r.clamp(0, 1) ** 1.4)
     half = half * (0.70 + 0.30 * _soft(r - 0.08, 0.2))
     seed = p.people.noise.index_select(0, p.image)
-    lie = (0.25 + 0.75 * r.clamp(0, 1)).sqrt()  # upright inside, flat outside
-    hairs = grain((v - lie * 0.7 * (ax - 1)) / 11 + seed[:, 0], (ax + 0.6 * v) / 16)[3]
+    lean = 1.3 * (1 - r.clamp(0, 1)) ** 2 + 0.15  # upright inside
+    across = d - lean * (ax - 1.15)
+    hairs = grain(across / 11 + seed[:, 0], (ax + 0.6 * v) / 16)[3]
     near = half - d.abs() + 0.10 * hairs
     body = _soft(near, 0.34) * _soft(r + 0.02 + 0.03 * hairs, 0.2)
     body = body * _soft(1 - r, 0.3)
-    alpha = body * (0.80 + 0.20 * hairs).clamp(0, 1) * p.look("brow_dark").sqrt()
+    alpha = body * (0.80 + 0.20 * hairs).clamp(0, 1)
+    alpha = alpha * p.look("brow_dark").sqrt()
     dark = (0.30 + 0.80 * p.look("hair_dark")).clamp(0, 1)
     colour = hair_colour(dark, p.look("hair_red"), 0.3 * p.look("grey"))
     s.over(at, 0.75 * colour, 0.94 * alpha)
@@ -1565,7 +1579,8 @@ def paint_hair(s: Surface) -> None:
     slope = torch.where(loose, 0.7 * torch.tanh(x - 2.5 * part), 0.5 * part)
     lean = p.arc + scalp * slope * (v - 4).clamp(min=0)
     lean = lean + 0.5 * torch.sin(0.7 * v + 6.28 * seed[:, 0]) * (0.3 + curl)
-    g = grain(lean / 12 + seed[:, 1] + 0.03 * coarse * curl, v / 40 + seed[:, 0])
+    bent = lean / 12 + 0.03 * coarse * curl
+    g = grain(bent + seed[:, 1], v / 40 + seed[:, 0])
     tuft = grain(lean / 40 + seed[:, 0], v / 70 + seed[:, 1])[3]
     hairs = g[3] * (1 - 0.5 * curl) + 1.1 * curl * medium
     buzz = p.look("buzz") * scalp
@@ -1574,10 +1589,15 @@ def paint_hair(s: Surface) -> None:
     edge = edge + 0.10 * (1 - fringe) * fine
     alpha = _soft(edge - 0.15, 1.5 - 0.6 * fringe + 0.8 * buzz)
     alpha = alpha * (1 - 0.55 * buzz * (0.7 - 0.4 * fine).clamp(0, 1))
+    shaved = p.look("hair_sides") * scalp * ((4.5 - v) / 3.5).clamp(0, 1)
+    alpha = alpha * (1 - 0.55 * shaved * ~loose * (0.8 - 0.4 * fine).clamp(0, 1))
     grey, dark = p.look("grey"), p.look("hair_dark")
-    grey = (grey * (1 + 0.3 * hairs)).clamp(0, 1)
-    base = hair_colour((dark + 0.06 * tuft).clamp(0.03, 1), p.look("hair_red"), grey)
-    colour = base * (1 + 0.20 * hairs + 0.26 * tuft).clamp(0.25, 2.2)
+    grey = (grey * (1 + 0.25 * (1 - grey) * hairs)).clamp(0, 1)
+    dark = (dark + 0.06 * tuft).clamp(0.03, 1)
+    base = hair_colour(dark, p.look("hair_red"), grey)
+    colour = base * (
+        1 + (1 - 0.5 * grey) * (0.20 * hairs + 0.26 * tuft)
+    ).clamp(0.25, 2.2)
     s.over(at, colour * (0.55 + 0.45 * (start / 1.2).clamp(0, 1)), alpha)
     s.height[at] = s.height[at] * (1 - alpha) + alpha * (
         0.010 * hairs + 0.06 * tuft
@@ -1598,8 +1618,8 @@ def paint_cloth(s: Surface) -> None:
         -((p.ax / 3.5) ** 2)) + 2.0 * (0.25 - cut).clamp(min=0) * 4
     worn = _soft(neck - p.v, 0.3)
     tint = tint[at].T
-    tint = tint.mean(0) + 0.35 * (tint - tint.mean(0))
-    colour = 0.015 + 0.7 * tint**3
+    tint = tint.mean(0) + 0.22 * (tint - tint.mean(0))
+    colour = 0.012 + 0.75 * tint**3.5
     s.over(at, colour * (1 + 0.06 * p.strand), worn)
     s.gloss[at] *= 1 - worn
     s.open[at] += worn * (1 - s.open[at])
@@ -1821,7 +1841,8 @@ def shade(m: Maps, photos: Photos, turn: Tensor, px: float) -> Tensor:
     n, albedo = flat[:3], flat[3:6]
     gloss, shine, sheen, sky, lit = flat[6:]
     each = lambda t: t.reshape(b, -1).index_select(0, image).T
-    key, colour, soft = each(photos.key), each(photos.key_colour), each(photos.soft)[0]
+    key, colour = each(photos.key), each(photos.key_colour)
+    soft = each(photos.soft)[0]
     halfway = each(_unit(photos.key + photos.key.new_tensor([0.0, 0, 1]), 1))
     dot = lambda p, q: (p * q).sum(0)
     ambient = _ambient(n, each(photos.ambient))
@@ -1837,7 +1858,8 @@ def shade(m: Maps, photos: Photos, turn: Tensor, px: float) -> Tensor:
     deep = sky - sky * (1 - sky) * col(-0.2, 0.05, 0.1)
     light = ambient.clamp(min=0.02) * deep + lamp * cos_soft
     # microfacets: Trowbridge and Reitz's distribution, Schlick's reflectance
-    rough = (shine + 0.18 * soft).clamp(0.06, 1).square()
+    wide = 0.18 * soft * (shine > 0.2)  # a wide lamp's highlight
+    rough = (shine + wide).clamp(0.06, 1).square()
     c = dot(n, halfway).clamp(0, 1)
     facets = rough.square() / (
         math.pi * (c * c * (rough.square() - 1) + 1).square()
@@ -1914,7 +1936,8 @@ def backdrop(photos: Photos, h: int, w: int) -> Tensor:
         pane = soft(rx - (x - cx).abs()) * soft(ry - (y - cy).abs())
         lamp = k(torch.where(b[:, (5 * i + 2) % 16] > 0.75, 2.0, 0.8))
         pane = 0.85 * room * pane
-        out = out + pane * (lamp * tone((3 * i + 5) % 16, (3 * i + 1) % 16) - out)
+        wall = lamp * tone((3 * i + 5) % 16, (3 * i + 1) % 16)
+        out = out + pane * (wall - out)
     lights = k((kind > 0.72).float())
     for i in range(5):
         cx, cy = k(2 * b[:, 3 + i] - 1), k(1.6 * b[:, 14 - i] - 1.2)
@@ -1926,7 +1949,8 @@ def backdrop(photos: Photos, h: int, w: int) -> Tensor:
     gx = (x / 9 + k(s[:, 0])).expand(-1, -1, qh, -1)
     gy = (y / 9 + k(s[:, 1])).expand(-1, -1, -1, qw)
     leaf = grain(gx.reshape(-1), gy.reshape(-1)).view(4, len(b), qh, qw)
-    rough = 0.06 * leaf[2] + (0.16 * leaf[1] + 0.20 * leaf[2]) * (kind > 0.86)[:, None, None]
+    trees = k((kind > 0.86).float())[:, 0]
+    rough = 0.06 * leaf[2] + (0.16 * leaf[1] + 0.20 * leaf[2]) * trees
     out = (out * (1 + rough[:, None])).clamp(min=0.005)
     return F.interpolate(out, (h, w), mode="bilinear", align_corners=False)
 
@@ -1974,7 +1998,9 @@ def compress(image: Tensor, quality: Tensor) -> Tensor:
     i = torch.arange(8, device=image.device, dtype=image.dtype)
     far = i[:, None] + i
     table = torch.stack([10 + 7.5 * far, 17 + 11.0 * far]).clamp(max=110)
-    scale = torch.where(quality < 50, 50 / quality.clamp(min=1), 2 - quality / 50)
+    scale = torch.where(
+        quality < 50, 50 / quality.clamp(min=1), 2 - quality / 50
+    )
     c = _cosines(str(image.device))
 
     def rounded(t, table):
@@ -2125,7 +2151,7 @@ class Faces:
 # %% ../../nbs/foundations/faces.ipynb #render_faces
 # name: centre (cm below the origin), height of the frame in cm
 CROPS = {"head": (-1.7, 27.0), "face": (-3.6, 17.0), "portrait": (-5.0, 44.0)}
-FINE = 5.5  # pixels a cm above which the fine mesh is taken
+FINE = 7.0  # pixels a cm above which the fine mesh is taken
 
 
 def render_faces(
@@ -2133,7 +2159,7 @@ def render_faces(
     photos: Photos,
     size: int = 112,
     crop: str = "head",
-    chunk: int = 8,
+    chunk: int | None = None,
     samples: float | None = None,
     progress: bool = False,
 ) -> Faces:
@@ -2141,13 +2167,14 @@ def render_faces(
 
     size: pixels a side; crop: "face" (brows to chin, as recognisers take it),
     "head" (head and neck, as detectors take it) or "portrait"; chunk: photos
-    rendered at a time, which bounds memory; samples: rays a pixel and axis, by
+    rendered at a time, which bounds memory (8, and more small ones); samples: rays a pixel and axis, by
     default 1.25; progress: show a bar. The result lies on the device of
     `people`.
     """
     if crop not in CROPS:
         raise UserError(f"crop: {crop!r} is none of {', '.join(CROPS)}")
     samples = samples or 1.25
+    chunk = chunk or max(8, min(48, 100_000 // size**2))
     starts = range(0, len(photos), chunk)
     # built once, before threads ask
     head_model(str(people.shape.device), size / CROPS[crop][1] > FINE)
@@ -2236,6 +2263,12 @@ def _render(people, photos, size, crop, samples) -> Faces:
     return _develop(light, m, photos, size, truth, frame)
 
 # %% ../../nbs/foundations/faces.ipynb #paint
+PAINTERS = (
+    paint_skin, label_skin, paint_nose, paint_lines, paint_mouth, paint_eyes,
+    paint_brows, paint_beard, paint_hair, paint_cloth,
+)  # fmt: skip
+
+
 def _paint(people, photos, fr, att, g, px, d) -> Maps:
     """Paint the visible points, then lay them out as images."""
     model = g.model
@@ -2256,24 +2289,13 @@ def _paint(people, photos, fr, att, g, px, d) -> Maps:
         hair=flat[3], cover=flat[4], fields=flat[8:], fine=fine,
         medium=medium, coarse=coarse, strand=strand,
     )  # fmt: skip
-    for step in (
-        paint_skin,
-        label_skin,
-        paint_nose,
-        paint_lines,
-        paint_mouth,
-        paint_eyes,
-        paint_brows,
-        paint_beard,
-        paint_hair,
-        paint_cloth,
-    ):
+    for step in PAINTERS:
         step(s)
     n = _unit(flat[:3], 0)
     n = n * torch.where(n[2] < 0, -1.0, 1.0)
     ball = torch.einsum("nij,jn->in", g.turn[image], s.ball)
     n = _unit(n + s.eye * (ball - n), 0)
-    s.shine = s.shine * (1 - s.eye) + 0.10 * s.eye
+    s.shine = s.shine * (1 - s.eye) + 0.14 * s.eye
     s.gloss = s.gloss + s.eye * 0.8
 
     def lay(value, empty):
@@ -2325,7 +2347,8 @@ def _hairs(light, m, photos, px):
     h, w = light.shape[2:]
     y, x = (torch.arange(n, device=light.device) / px for n in (h, w))
     s = photos.noise[:, :, None, None]
-    x = (x / 16 + 0.01 * torch.sin(1.3 * y[:, None]) + s[:, 0]).expand(-1, h, -1)
+    x = x / 16 + 0.01 * torch.sin(1.3 * y[:, None])
+    x = (x + s[:, 0]).expand(-1, h, -1)
     y = (y[:, None] / 40 + s[:, 1]).expand(-1, -1, w)
     g = grain(x.reshape(-1), y.reshape(-1)).view(4, len(s), h, w)
     noise = (0.7 * g[3] + 0.5 * g[1])[:, None]
@@ -2365,7 +2388,8 @@ def _develop(light, m, photos, size, landmarks, frame) -> Faces:
     light = _blurred(light, optics[:, 0] * size / 1000)
     light = light * (1 - col(optics[:, 1]) * (t**2 + t[:, None] ** 2) / 2)
     one = torch.ones_like(optics[:, 2])
-    light = light * torch.stack([optics[:, 2], one, optics[:, 3]], 1)[..., None, None]
+    balance = torch.stack([optics[:, 2], one, optics[:, 3]], 1)
+    light = light * balance[..., None, None]
     image = film(light)
     image = image + col(optics[:, 4]) * image * (1 - image) * (2 * image - 1)
     seed = photos.noise
