@@ -100,15 +100,16 @@ def nose_relief(x: np.ndarray, v: np.ndarray) -> np.ndarray:
     h, w = np.moveaxis(
         PchipInterpolator(t[:, 0], t[:, 1:])(v.clip(-5.2, 1.8)), -1, 0
     )
-    z = h * np.exp(-((ax / w) ** 2.1) * 0.8)
-    z += 0.22 * g(0, -3.35, 0.55, 0.5)
+    z = h * np.exp(-((ax / w) ** 2.0) * 0.7)
+    z += 0.22 * g(0, -3.45, 0.66, 0.52)
     wing = np.exp(-(np.abs((ax - 1.16) / 0.56) ** 2.1)
                   - np.abs((v + 3.66) / 0.66) ** 2.1)  # fmt: skip
     z += 1.12 * wing * (1 - 0.4 * _step(0.9, 0.3, ax))
     z -= 0.16 * np.exp(-(((ax - 0.72) / 0.18) ** 2)) * g(0.74, -3.45, 9, 0.42)
     hole = np.exp(-(((ax - 0.64) / 0.30) ** 4) - ((v + 4.26) / 0.20) ** 4)
     z -= 0.45 * hole
-    y = -0.30 * g(0, -4.15, 0.42, 0.45) + 0.14 * g(0.7, -4.3, 0.35, 0.3)
+    y = -0.30 * g(0, -4.15, 0.42, 0.45) + 0.08 * g(0.7, -4.3, 0.35, 0.3)
+    y -= 0.24 * g(0, -3.6, 0.8, 0.5)
     y -= 0.05 * g(1.35, -4.0, 0.4, 0.3)
     dx = np.sign(x) * (0.26 * wing * (ax > 0.5) * _step(0.5, 1.2, ax))
     return np.stack([dx, y, z], -1)
@@ -128,7 +129,7 @@ def head_relief(x: np.ndarray, v: np.ndarray) -> np.ndarray:
     z += 0.34 * g(3.12, -0.02, 0.90, 0.50)  # the eyeball
     z += 0.40 * g(4.1, -2.6, 1.25, 1.05) + 0.16 * g(2.7, -3.9, 0.8, 1.2)
     z -= 0.05 * g(4.5, -5.6, 1.2, 1.4) + 0.05 * g(5.6, -4.0, 0.8, 2.0)
-    z += 0.72 * g(0, -5.4, 1.55, 0.95)  # teeth behind the upper lip
+    z += 0.60 * g(0, -5.5, 1.95, 1.05)  # teeth behind the upper lip
     z -= 0.14 * np.exp(-((ax / 0.22) ** 2)) * _step(-4.7, -5.0, v) * _step(
         -6.1, -5.6, v)  # fmt: skip
     z += 0.09 * np.exp(-(((ax - 0.48) / 0.20) ** 2)) * g(0.48, -5.5, 9, 0.5)
@@ -141,7 +142,9 @@ def head_relief(x: np.ndarray, v: np.ndarray) -> np.ndarray:
     z -= 0.25 * g(2.6, -9.8, 0.8, 1.1)
     z += 0.18 * g(0, -14.8, 0.8, 0.9)  # larynx
     dx = sx * (0.20 * g(5.2, -2.2, 1.2, 1.1) - 0.10 * g(5.4, -5.2, 1.0, 1.6))
-    return np.stack([dx, 0 * z, z], -1) + nose_relief(x, v)
+    y = 0.30 * _step(-6.5, -10.5, v) * _step(-18, -13, v)
+    y += 0.14 * _step(0, -3.6, v) * _step(-5.6, -4.6, v) * g(0, -3, 1.6, 9)
+    return np.stack([dx, y, z], -1) + nose_relief(x, v)
 
 # %% ../../nbs/foundations/faces.ipynb #outline_fields
 def _vectors(x, y, z) -> np.ndarray:
@@ -169,7 +172,7 @@ def outline_fields(x, v, p) -> dict[str, np.ndarray]:
         "neck_width": T(0.07 * p[:, 0] * neck, 0, 0),
         "jaw_skew": T(0.12 * lower * g(0, -11, 5, 5), 0, 0),
         "face_width": T(0.036 * p[:, 0] * face, 0, 0),
-        "head_width": T(0.036 * p[:, 0] * _step(-2, 5, v), 0, 0),
+        "head_width": T(0.030 * p[:, 0] * _step(-2, 5, v), 0, 0),
         "head_height": T(0, 0.60 * _step(2, 10, v), 0),
         "face_length": T(0, -0.58 * lower, 0),
         "jaw_width": T(0.046 * p[:, 0] * jaw, 0, 0),
@@ -206,7 +209,7 @@ def feature_fields(x, v) -> dict[str, np.ndarray]:
     return {
         "brow_ridge": T(0, 0, 0.22 * g(2.4, 1.7, 2.0, 0.55)),
         "brow_height": T(0, 0.24 * g(3.1, 2.1, 2.3, 0.8), 0),
-        "eye_spacing": T(0.17 * sx * g(3.1, 0.3, 2.0, 1.8), 0, 0),
+        "eye_spacing": T(0.13 * sx * g(3.1, 0.3, 2.0, 1.8), 0, 0),
         "eye_size": T(0.11 * (ax - 3.1) * sx * e, 0.16 * v * e, 0),
         "eye_slant": T(0, 0.16 * (ax - 3.1) / 1.5 * g(3.1, 0, 1.7, 1.2), 0),
         "eye_depth": T(0, 0, -0.22 * g(3.0, 0.2, 1.5, 1.0)),
@@ -236,7 +239,7 @@ def mouth_fields(x, v) -> dict[str, np.ndarray]:
     sx, T = np.tanh(x / 0.7), _vectors
     up, low = g(0, -6.45, 1.8, 0.5), g(0, -7.5, 1.7, 0.55)
     return {
-        "mouth_width": T(0.29 * sx * g(2.4, -7.0, 1.2, 1.1), 0, 0),
+        "mouth_width": T(0.17 * sx * g(2.4, -7.0, 1.2, 1.1), 0, 0),
         "mouth_height": T(0, 0.22 * g(0, -7.0, 3.2, 1.6), 0),
         "upper_lip": T(0, 0.18 * up * _step(-7, -6.6, v), 0.12 * up),
         "lower_lip": T(0, -0.20 * low * _step(-7, -7.5, v), 0.13 * low),
@@ -257,14 +260,14 @@ def shape_fields(x, v, p) -> dict[str, np.ndarray]:
     lips = g(0, -6.45, 1.8, 0.5) + g(0, -7.5, 1.7, 0.55)
     # half of the differences of men and women, for each of their traits
     masculine = _vectors(
-        0.032 * px * jaw + 0.010 * px
-        + 0.26 * sx * g(4.4, -9.8, 1.5, 1.3)
+        0.010 * px * jaw + 0.033 * px
+        + 0.14 * sx * g(4.4, -9.8, 1.5, 1.3)
         + 0.16 * sx * g(1.9, -10.6, 1.1, 1.1)
         + 0.075 * px * neck + 0.05 * px * shoulder
         + 0.07 * sx * g(1.25, -3.7, 0.7, 0.8)
-        + 0.09 * sx * g(2.4, -7.0, 1.2, 1.1),
-        -0.30 * lower - 0.26 * g(3.1, 2.0, 2.3, 0.75)
-        - 0.09 * v * g(3.1, 0.0, 1.6, 0.9) - 0.14 * nose
+        + 0.02 * sx * g(2.4, -7.0, 1.2, 1.1),
+        -0.52 * lower - 0.26 * g(3.1, 2.0, 2.3, 0.75)
+        - 0.09 * v * g(3.1, 0.0, 1.6, 0.9) - 0.06 * nose
         + 0.06 * g(0, -6.2, 2.0, 0.4) * _step(-7, -6.6, v),
         0.28 * g(2.2, 1.7, 2.0, 0.55) - 0.18 * g(0, 6.0, 5, 2.2)
         + 0.20 * nose + 0.22 * g(0, -10.4, 1.8, 1.2)
@@ -398,6 +401,25 @@ def _grid_faces(rows: int, cols: int, start: int = 0) -> np.ndarray:
     two = np.stack([b, c, d], -1).reshape(-1, 3)
     return np.concatenate([one, two])
 
+
+def _unit(n: Tensor, dim: int) -> Tensor:
+    """Vectors of length 1: F.normalize is slow where dim is not last."""
+    return n * n.square().sum(dim, keepdim=True).clamp(min=1e-18).rsqrt()
+
+
+def _normals(points, grids) -> Tensor:
+    """Unit normals of the grids' vertices from differences of neighbours."""
+    out, start = [], 0
+    for rows, cols in grids:
+        g = points[:, start : start + rows * cols].unflatten(1, (rows, cols))
+        start += rows * cols
+        pad = F.pad(g.permute(3, 0, 1, 2), (1, 1, 1, 1), "replicate")
+        a, b, c = pad[:, :, 1:-1, 2:] - pad[:, :, 1:-1, :-2]  # right
+        p, q, r = pad[:, :, :-2, 1:-1] - pad[:, :, 2:, 1:-1]  # up
+        n = torch.stack([b * r - c * q, c * p - a * r, a * q - b * p])
+        out.append(_unit(n, 0).flatten(2).permute(1, 2, 0))
+    return torch.cat(out, 1)
+
 # %% ../../nbs/foundations/faces.ipynb #HeadModel
 @dataclass(frozen=True)
 class HeadModel:
@@ -530,7 +552,7 @@ _LOOK = {
     "masc": (0, 1, -2.5, 2.5, 0, (0, 0, 0, 0)),
     "age": (38, 14, 18, 80, 0, (0, 0, 0, 0)),
     "melanin": (0.78, 0.24, 0.05, 2.1, 0, (-0.55, -0.30, 0.20, 0.70)),
-    "blood": (0.46, 0.13, 0.15, 0.85, 0.1, (0.05, -0.05, 0, 0)),
+    "blood": (0.54, 0.14, 0.15, 0.85, 0.1, (0.05, -0.05, 0, 0)),
     "hair_dark": (0.84, 0.24, 0.05, 1, 0, (-0.25, 0.16, 0.2, 0.24)),
     "hair_red": (0.22, 0.22, 0, 1, 0, (0.15, -0.05, 0, -0.05)),
     "hair_volume": (1.0, 0.45, 0.25, 2.6, -0.2, (0, 0, 0, 0.1)),
@@ -545,9 +567,9 @@ _LOOK = {
     "recede": (-0.15, 0.4, 0, 1, 0.6, (0, 0, 0, 0)),
     "hairline": (0, 0.5, -1.2, 1.2, 0.1, (0, 0, 0, 0)),
     "buzz": (-0.5, 0.55, 0, 1, 0.5, (0, 0, 0, 0.2)),
-    "brow_thick": (0.9, 0.28, 0.4, 1.7, 0.5, (-0.05, 0, 0.1, 0.05)),
+    "brow_thick": (1.1, 0.28, 0.5, 1.9, 0.5, (-0.05, 0, 0.1, 0.05)),
     "brow_arch": (0, 1, -2, 2, -0.4, (0, 0, 0, 0)),
-    "brow_dark": (0.86, 0.20, 0.4, 1, 0.1, (-0.1, 0, 0.1, 0)),
+    "brow_dark": (1.0, 0.22, 0.45, 1, 0.1, (-0.1, 0, 0.1, 0)),
     "brow_gap": (0, 0.22, -0.45, 0.45, -0.2, (0, 0, 0, 0)),
     "iris_light": (0.12, 0.26, 0, 1, 0, (0.35, -0.08, 0.0, -0.1)),
     "iris_blue": (0.5, 0.35, 0, 1, 0, (0, 0, 0, 0)),
@@ -833,7 +855,7 @@ def _moods(mood: np.ndarray, kind: np.ndarray) -> np.ndarray:
     put("pucker", 0.6 * talk * (mood[:, 3] > 0.6))
     put("raise", 0.9 * shock + (mood[:, 4] - 0.65).clip(0) * 1.5)
     put("frown", 0.9 * angry + 0.2 * sad + (0.3 - mood[:, 4]).clip(0) * 1.2)
-    put("blink", 0.02 + 0.18 * mood[:, 5] ** 2 + 0.10 * wide + 0.16 * laugh)
+    put("blink", 0.02 + 0.14 * mood[:, 5] ** 3 + 0.06 * wide + 0.12 * laugh)
     put("skew", 0.3 * (2 * mood[:, 6] - 1))
     put("sad", 0.9 * sad + 0.15 * angry)
     put("squint", 0.4 * wide + 0.7 * laugh + 0.3 * closed + 0.4 * angry
@@ -891,9 +913,9 @@ def sample_photos(
          0.002 + 0.008 * u[:, 20] ** 2], -1
     )  # fmt: skip
     optics = np.stack(
-        [lens * 5 * u[:, 50] ** 3, lens * 0.30 * u[:, 51],
+        [lens * 4 * u[:, 50] ** 4, lens * 0.30 * u[:, 51],
          1 + 0.05 * lens * g[:, 8], 1 + 0.07 * lens * g[:, 9],
-         0.45 + 0.30 * lens * (2 * u[:, 52] - 1),
+         0.75 + 0.45 * lens * (2 * u[:, 52] - 1),
          100 - lens * 55 * u[:, 53] ** 2], -1
     )  # fmt: skip
     f = lambda a: torch.as_tensor(np.ascontiguousarray(a)).float()
@@ -908,11 +930,6 @@ def sample_photos(
     )  # fmt: skip
 
 # %% ../../nbs/foundations/faces.ipynb #hair_start
-def _unit(n: Tensor, dim: int) -> Tensor:
-    """Vectors of length 1: F.normalize is slow where dim is not last."""
-    return n * n.square().sum(dim, keepdim=True).clamp(min=1e-18).rsqrt()
-
-
 def hair_start(x: Tensor, v: Tensor, look) -> Tensor:
     """Height above the hairline in cm (negative: skin) at rest coordinates.
 
@@ -945,7 +962,7 @@ def hair_lift(x, v, hair, look, seed) -> Tensor:
     full = 0.9 * look["hair_volume"] * (0.35 + 0.65 * top)
     full = full * (1 - look["hair_sides"] * (0.75 - 0.35 * top))
     aside = 1 + 0.12 * x * look["parting"]
-    full = full + 1.3 * look["hair_up"] * front * aside
+    full = full + 2.2 * look["hair_up"] * front * aside
     full = full * (1 - 0.55 * look["hair_tied"]) * (1 - 0.5 * look["recede"])
     p = 6.28 * seed
     lock = torch.sin(1.1 * x + 0.4 * v + p)
@@ -963,7 +980,7 @@ def hair_lift(x, v, hair, look, seed) -> Tensor:
 def _veil(look, seed, device) -> Tensor:
     """Long hair: a curtain around the back and sides, (B, rows cols, 3) cm.
 
-    Hidden inside the head where the hair is short or tied.
+    Tied hair: a knot behind the crown. Inside the head where hair is short.
     """
     n, m = _VEIL
     q = torch.linspace(0, 1, n, dtype=torch.float64, device=device)[:, None]
@@ -991,9 +1008,15 @@ def _veil(look, seed, device) -> Tensor:
     depth = torch.where(a.cos() > 0, 0.92 * w, w + 2.0 + 0 * a)
     z = depth * torch.cos(a) + 0.4 - 0.3 * fall
     out = torch.stack(torch.broadcast_tensors(x, y, z), -1).flatten(1, 2)
-    shown = (look["hair_long"] > 0.12) & (look["hair_tied"] < 0.5)
+    long_ = (look["hair_long"] > 0.12)[..., None]
+    tied = long_ & (look["hair_tied"] > 0.5)[..., None]
     hidden = torch.tensor([0.0, 0, -2], dtype=out.dtype, device=device)
-    return torch.where(shown[..., None], out, hidden)
+    r = (1.7 + 1.2 * long) * (1 + 0.05 * torch.sin(9 * p + 5 * q + s))
+    t, f = math.pi * q, math.pi * p
+    flat = r * t.sin()
+    knot = flat * f.sin(), 11.6 + r * t.cos(), -3.0 - flat * f.cos()
+    knot = torch.stack(torch.broadcast_tensors(*knot), -1).flatten(1, 2)
+    return torch.where(tied, knot, torch.where(long_, out, hidden))
 
 # %% ../../nbs/foundations/faces.ipynb #rotation
 def rotation(yaw: Tensor, pitch: Tensor, roll: Tensor) -> Tensor:
@@ -1018,20 +1041,6 @@ class Geometry:
     hair: Tensor  # (B, V) height above the hairline in cm
     cover: Tensor  # (B, V) 1 where a mask or scarf covers the head
     model: HeadModel  # which mesh
-
-
-def _normals(points, grids) -> Tensor:
-    """Unit normals of the grids' vertices from differences of neighbours."""
-    out, start = [], 0
-    for rows, cols in grids:
-        g = points[:, start : start + rows * cols].unflatten(1, (rows, cols))
-        start += rows * cols
-        pad = F.pad(g.permute(3, 0, 1, 2), (1, 1, 1, 1), "replicate")
-        a, b, c = pad[:, :, 1:-1, 2:] - pad[:, :, 1:-1, :-2]  # right
-        p, q, r = pad[:, :, :-2, 1:-1] - pad[:, :, 2:, 1:-1]  # up
-        n = torch.stack([b * r - c * q, c * p - a * r, a * q - b * p])
-        out.append(_unit(n, 0).flatten(2).permute(1, 2, 0))
-    return torch.cat(out, 1)
 
 # %% ../../nbs/foundations/faces.ipynb #face_geometry
 def face_geometry(
@@ -1132,7 +1141,7 @@ def skin_colour(melanin: Tensor, blood: Tensor) -> Tensor:
 def hair_colour(dark: Tensor, red: Tensor, grey: Tensor) -> Tensor:
     """Reflectance (3, N) of hair, linear RGB: two pigments and their loss."""
     base = dark.new_tensor([0.60, 0.43, 0.25])[:, None]
-    brown = dark.new_tensor([3.3, 3.9, 4.5])[:, None]
+    brown = dark.new_tensor([3.4, 3.75, 4.1])[:, None]
     warm = 1 + red * dark.new_tensor([0.6, -0.1, -0.35])[:, None]
     colour = base * torch.exp(-brown * dark) * warm
     return colour + grey * (0.42 - colour)
@@ -1253,7 +1262,7 @@ def paint_nose(s: Surface) -> None:
     wing = torch.exp(-(((ring - 1) / 0.13) ** 2))
     wing = wing * _soft(0.5 * (ax - 1.2) + v + 4.25, 0.4) * _soft(ax - 1.0, 0.6)
     across = ((ax - 0.66 - 0.25 * (v + 4.3)) / 0.30) ** 4
-    hole = torch.exp(-(across + ((v + 4.27 + 0.12 * (ax - 0.6)) / 0.17) ** 4))
+    hole = torch.exp(-(across + ((v + 4.30 + 0.12 * (ax - 0.6)) / 0.13) ** 4))
     s.open[at] = s.open[at] * (1 - 0.30 * wing) * (1 - 0.86 * hole)
     s.albedo[:, at] = s.albedo[:, at] * (1 - 0.6 * hole)
     s.gloss[at] = s.gloss[at] * (1 - hole)
@@ -1286,7 +1295,7 @@ def paint_lines(s: Surface) -> None:
     t = ((-3.9 - v) / 3.2).clamp(-0.2, 1.2)
     fold_x = 1.72 + 1.55 * t.clamp(min=0) ** 1.15
     fold = line(ax - fold_x, 0.20) * _soft(t, 0.5) * _soft(1.05 - t, 0.4)
-    fold = fold * (0.05 + 0.55 * old + 0.5 * smile).clamp(max=1.1)
+    fold = fold * (0.05 + 0.6 * old + 0.75 * smile).clamp(max=1.2)
     wavy = v + 0.10 * x.abs().clamp(max=3) + 0.25 * coarse
     brow = torch.cos(wavy * 6.6).clamp(min=0) ** 6 * _blob(
         ax, v, 0, 4.0, 3.2, 1.2
@@ -1316,9 +1325,9 @@ def paint_lines(s: Surface) -> None:
     s.over(
         at,
         0.55 * s.albedo[:, at] * p.colour(1, 0.86, 0.8),
-        (0.32 * total).clamp(0, 1),
+        (0.40 * total).clamp(0, 1),
     )
-    s.height[at] = s.height[at] - 0.075 * total + 0.02 * old * medium * 0.3
+    s.height[at] = s.height[at] - 0.09 * total + 0.02 * old * medium * 0.3
 
 # %% ../../nbs/foundations/faces.ipynb #lip_edges
 MOUTH = 2.4  # half width of the mouth at rest, cm
@@ -1345,7 +1354,7 @@ def paint_mouth(s: Surface) -> None:
     lip = _soft(top - v, 0.20) * _soft(v - low, 0.30) * _soft(MOUTH - ax, 0.3)
     red = p.look("lip_red")
     natural = skin_colour(
-        0.12 + 0.85 * p.look("melanin"), p.look("blood") + 0.85
+        0.12 + 0.85 * p.look("melanin"), p.look("blood") + 1.0
     )
     bright = p.colour(0.42, 0.05, 0.06) * (1 - 0.25 * p.look("melanin"))
     colour = natural + (1.3 * (red - 0.50)).clamp(0, 0.75) * (bright - natural)
@@ -1386,13 +1395,13 @@ def lid_edges(e: Tensor, open_: Tensor) -> tuple[Tensor, Tensor]:
     """Heights (cm) of the upper and lower lid's edge at e = -1 (inner) .. 1."""
     u = (1 - e.abs() ** 2.2).clamp(min=0)
     low = -0.44 * (1 - e**2).clamp(min=0) * (1 + 0.22 * e)
-    up = 0.60 * u**0.85 * (1 - 0.12 * e)
+    up = 0.66 * u**0.85 * (1 - 0.12 * e)
     return low + open_ * (up - low) + 0.07 * e, low + 0.07 * e
 
 
 def lid_opening(blink, raised, squint):
     """Share of the lids' rest opening."""
-    open_ = (1 - blink) * (1 + 0.12 * raised) * (1 - 0.28 * squint)
+    open_ = (1 - blink) * (1 + 0.12 * raised) * (1 - 0.18 * squint)
     return open_.clamp(0, 1.2)
 
 # %% ../../nbs/foundations/faces.ipynb #paint_eyes
@@ -1435,8 +1444,8 @@ def paint_eyes(s: Surface) -> None:
     gx, gv = 0.26 * gaze[:, 0] * side, 0.14 * gaze[:, 1] + 0.05
     r = torch.hypot(ax - cx - gx, v - cv - gv)
     light, blue = p.look("iris_light"), p.look("iris_blue")
-    brown = p.colour(0.075, 0.032, 0.013)
-    pale = p.colour(0.16, 0.17, 0.09) + blue * p.colour(-0.03, 0.05, 0.14)
+    brown = p.colour(0.050, 0.022, 0.010)
+    pale = p.colour(0.11, 0.12, 0.07) + blue * p.colour(-0.03, 0.03, 0.11)
     iris = brown + light * (pale - brown)
     turn = torch.atan2(v - gv, ax - cx - gx)
     spokes = torch.cos(13 * turn + 3 * medium) + torch.cos(29 * turn + 5 * fine)
@@ -1453,15 +1462,15 @@ def paint_eyes(s: Surface) -> None:
     wet = wet * open_.clamp(max=1)
     s.over(at, s.albedo[:, at] * p.colour(1.12, 0.98, 0.96) + 0.02, 0.45 * wet)
     lash = p.look("lash")
-    wide = 0.055 + 0.075 * lash * (0.55 + 0.45 * e)
+    wide = 0.075 + 0.085 * lash * (0.55 + 0.45 * e)
     rim = torch.exp(-(((v - up - 0.4 * wide) / wide) ** 2)) * reach
-    rim = rim * (0.80 + 0.16 * strand).clamp(0, 1) * (0.70 + 0.5 * lash)
+    rim = rim * (0.80 + 0.16 * strand).clamp(0, 1) * (0.85 + 0.4 * lash)
     # single lashes, fanning out
     fan = torch.cos(26 * (e - 0.30 * over_ * e)).clamp(min=0) ** 3
     hairs = fan * torch.exp(-((over_ / (0.10 + 0.22 * lash)) ** 2)) * (v > up)
     rim = torch.maximum(rim, (0.30 + 0.5 * lash) * hairs * reach)
     under = torch.exp(-(((v - low + 0.06) / 0.05) ** 2)) * reach
-    under = under * (0.12 + 0.45 * lash) * (0.6 + 0.4 * e)
+    under = under * (0.25 + 0.45 * lash) * (0.6 + 0.4 * e)
     dark = (p.look("hair_dark") + 0.35 - 0.25 * lash).clamp(max=1)
     dark = hair_colour(dark, 0 * lash, 0 * lash)
     s.over(at, 0.35 * dark, torch.maximum(rim, under).clamp(0, 0.95))
@@ -1476,7 +1485,7 @@ def paint_eyes(s: Surface) -> None:
 def brow_line(r: Tensor, arch: Tensor) -> Tensor:
     """Height (cm) of the brow's middle at r = 0 (inner) .. 1 (outer)."""
     r = r.clamp(-0.1, 1.1)
-    return 1.80 + (0.38 + 0.14 * arch) * torch.sin(2.35 * r) - 0.10 * r
+    return 1.70 + (0.38 + 0.14 * arch) * torch.sin(2.35 * r) - 0.10 * r
 
 
 def paint_brows(s: Surface) -> None:
@@ -1498,7 +1507,7 @@ def paint_brows(s: Surface) -> None:
     alpha = alpha * p.look("brow_dark").sqrt()
     dark = (0.30 + 0.80 * p.look("hair_dark")).clamp(0, 1)
     colour = hair_colour(dark, p.look("hair_red"), 0.3 * p.look("grey"))
-    s.over(at, 0.75 * colour, 0.94 * alpha)
+    s.over(at, 0.6 * colour, 0.95 * alpha)
     s.height[at] = s.height[at] + 0.02 * body * hairs
     s.gloss[at] = s.gloss[at] * (1 - 0.7 * alpha)
     s.mark(at, "brows", _soft(half - d.abs(), 0.3) * (r > 0) * (r < 1) > 0.5)
@@ -1528,7 +1537,7 @@ def paint_beard(s: Surface) -> None:
     )
     top, low = lip_edges(x)
     chin = _soft(line - v + 0.3 * medium + 0.12 * strand, 1.4)
-    chin = chin * _soft(v + 13.0 + 0.4 * medium, 1.6)
+    chin = chin * _soft(v + 12.6 + 0.3 * medium, 1.4)
     chin = chin * (1 - 0.55 * _blob(ax, v, 1.3, -8.35, 0.7, 0.3))
     lip = (
         _soft(v - top - 0.02, 0.25)
@@ -1555,7 +1564,7 @@ def paint_beard(s: Surface) -> None:
     bare = (s.label[at] != _LABEL["lips"]) & (s.label[at] != _LABEL["mouth"])
     alpha = alpha * bare
     colour = hair_colour(
-        p.look("hair_dark"), p.look("hair_red") + 0.12, p.look("grey")
+        p.look("hair_dark"), p.look("hair_red") + 0.06, p.look("grey")
     )
     s.over(at, 0.85 * colour * (1 + 0.25 * strand.clamp(-1, 2)), 0.95 * alpha)
     s.height[at] = s.height[at] + alpha * (0.03 * strand + 0.02 * fine)
@@ -1588,9 +1597,10 @@ def paint_hair(s: Surface) -> None:
     edge = start + (0.10 + 0.12 * fringe) * g[3] + 0.12 * (medium + tuft)
     edge = edge + 0.10 * (1 - fringe) * fine
     alpha = _soft(edge - 0.15, 1.5 - 0.6 * fringe + 0.8 * buzz)
-    alpha = alpha * (1 - 0.55 * buzz * (0.7 - 0.4 * fine).clamp(0, 1))
+    alpha = alpha * (1 - 0.60 * buzz * (0.8 - 0.2 * fine).clamp(0, 1))
     shaved = p.look("hair_sides") * scalp * ((4.5 - v) / 3.5).clamp(0, 1)
-    alpha = alpha * (1 - 0.55 * shaved * ~loose * (0.8 - 0.4 * fine).clamp(0, 1))
+    shaved = shaved * ~loose * (0.8 - 0.4 * fine).clamp(0, 1)
+    alpha = alpha * (1 - 0.55 * shaved)
     grey, dark = p.look("grey"), p.look("hair_dark")
     grey = (grey * (1 + 0.25 * (1 - grey) * hairs)).clamp(0, 1)
     dark = (dark + 0.06 * tuft).clamp(0.03, 1)
@@ -1965,7 +1975,7 @@ def expose(light: Tensor, people: People, photos: Photos) -> Tensor:
     lamp = (photos.key * facing).sum(1).clamp(min=0.2)
     lamp = lamp * photos.key_colour.mean(1)
     sky = harmonics(facing) @ photos.ambient.mean(2, keepdim=True)
-    gain = 0.58 * 2**photos.exposure / ((lamp + sky[:, 0, 0]) * skin**0.62)
+    gain = 0.68 * 2**photos.exposure / ((lamp + sky[:, 0, 0]) * skin**0.62)
     return light * gain[:, None, None, None]
 
 
@@ -2296,7 +2306,8 @@ def _paint(people, photos, fr, att, g, px, d) -> Maps:
     ball = torch.einsum("nij,jn->in", g.turn[image], s.ball)
     n = _unit(n + s.eye * (ball - n), 0)
     s.shine = s.shine * (1 - s.eye) + 0.14 * s.eye
-    s.gloss = s.gloss + s.eye * 0.8
+    s.gloss = s.gloss * (1 - s.eye) + s.eye * 0.9
+    s.open = s.open * (1 - 0.35 * s.eye)
 
     def lay(value, empty):
         out = value.new_full((value.shape[0], b * h * w), empty)
