@@ -35,8 +35,9 @@ def fitted(image: np.ndarray, size: int) -> Tensor:
         return x
     scale = round(size * 92 / 84) / min(x.shape[1:])
     h, w = (max(size, round(side * scale)) for side in x.shape[1:])
-    x = F.interpolate(x[None].float(), (h, w), mode="bilinear",
-                      antialias=True, align_corners=False)[0]
+    x = torch.cat([F.interpolate(       # by channel: photos are large
+        c[None, None].float(), (h, w), mode="bilinear", antialias=True,
+        align_corners=False)[0] for c in x])
     top, left = (h - size) // 2, (w - size) // 2
     x = x[:, top:top + size, left:left + size]
     return x.round().clamp(0, 255).byte()
