@@ -27,7 +27,8 @@ import typer
 from facebook_nb.experiment import (
     PACKAGE, book_root, differences, environment, read_ledger, record,
     source_digest)
-from .files import UserError, read_json, write_atomic, write_json
+from .files import (
+    UserError, list_shipped, read_json, write_atomic, write_json)
 
 # %% ../nbs/foundations/cli.ipynb #CHAPTERS
 CHAPTERS = ("fpr", "sdd_fiqa", "adv_makeup", "substitute", "local_relation",
@@ -525,6 +526,7 @@ def _keep(notebook: Path, root: Path, accept: bool) -> list[str]:
             target.mkdir(exist_ok=True)
             with write_atomic(target / f"{notebook.stem}.safetensors") as p:
                 shutil.copyfile(weights, p)
+            list_shipped(target)
     store(folder / notebook.name, notebook, mark)
     return lines
 
