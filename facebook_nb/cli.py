@@ -34,7 +34,8 @@ from .experiment import (
     Claim, book_root, device_name, differences, environment, finished_steps,
     half_width, own_folder, read_ledger, record, seed_differences,
     step_is_current, with_interval)
-from .files import UserError, read_json, write_atomic, write_json
+from .files import (
+    UserError, list_shipped, read_json, write_atomic, write_json)
 from .processes import (
     ask_first, end_with_parent, is_main, launch)
 
@@ -772,6 +773,7 @@ def _keep(notebook: Path, root: Path, accept: bool) -> list[str]:
             target.mkdir(exist_ok=True)
             with write_atomic(target / f"{notebook.stem}.safetensors") as p:
                 shutil.copyfile(weights, p)
+            list_shipped(target)
     store(folder / notebook.name, notebook, mark)
     return lines
 
