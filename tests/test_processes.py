@@ -1,4 +1,4 @@
-"""Several processes: they agree, they share, they end together, and chapters run in them. Long form: tests/together.py."""
+"""Several processes: they agree, share, end together, and chapters run in them (the long form: tests/together.py)."""
 import multiprocessing
 import os
 import random
@@ -21,7 +21,7 @@ from tests.together import finish, repeat, start, together
 def context():
     """Children forked from a process that has imported torch, but never used it: a start costs 0.1 s, not 3."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "facebook_nb.training"])
+    context.set_forkserver_preload(["torch.distributed", "torch._dynamo", "facebook_nb.training"])
     return context
 
 

@@ -566,7 +566,7 @@ def test_scalars_for_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
 def server():
     """Children forked from a process that has imported torch, but never used it: a start costs 0.1 s, not 3."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "facebook_nb.training"])
+    context.set_forkserver_preload(["torch.distributed", "torch._dynamo", "facebook_nb.training"])
     return context
 
 

@@ -23,7 +23,7 @@ CHAPTERS = ("fpr", "sdd_fiqa", "adv_makeup", "substitute", "local_relation", "d2
 
 
 def tiny(chapter: str, root: Path) -> dict:
-    """Make data for `full` of a chapter below `root`, by its own tests; returns the settings. LookupError: there is none.
+    """Make data for `full` of a chapter below `root`, by its own tests; returns the settings. KeyError: there is none.
 
     A chapter's test file may say so itself, by a function `tiny_full(root) -> settings`.
     """
@@ -35,8 +35,8 @@ def tiny(chapter: str, root: Path) -> dict:
         "sdd_fiqa": ("stored", dict(batch_size=11, epochs=1, workers=0, m=5)),
         "local_relation": ("release", dict(encoder="small", size=64, epochs=1, batch_size=4, workers=0, video_frames=2,
                                            precision="no", held_out="FaceSwap")),
-        "d2am": ("data_sets", dict(protocols=("O&C&I->M",), side=24, width=0.5, network="small", epochs=1, epoch_steps=1,
-                                   batch=1, K=1, rows=("D2AM",))),
+        "d2am": ("data_sets", dict(protocols=("O&C&I->M",), side=24, width=0.5, network="small", epochs=1,
+                                   epoch_steps=1, batch=1, K=1, rows=("D2AM",))),
         "afsd": ("write_thumos", dict(start=None, steps=1, workers=0)),
         "cmr": ("something", dict(rows=("CMR",), steps=1, batch_size=2, side=32, workers=0, precision="no")),
     }[chapter]
@@ -94,7 +94,7 @@ def _member(rank: int, ranks: int, port: int, late: float, limit: float, place: 
 
 
 def start(job, *args, place: Path, ranks: int = 2, late=(0, 0, 0), limit: float = 120, context=None) -> list:
-    """Start `job(*args)` in several processes; each leaves rank-R.txt, what it says, and rank-R.json, what it returns."""
+    """Start `job(*args)` in several processes; each leaves what it says in rank-R.txt, its result in rank-R.json."""
     context = context or multiprocessing.get_context("forkserver")
     place.mkdir(parents=True, exist_ok=True)
     with socket.socket() as free:
@@ -108,7 +108,7 @@ def start(job, *args, place: Path, ranks: int = 2, late=(0, 0, 0), limit: float 
 
 
 def finish(members: list, place: Path, limit: float = 130) -> list:
-    """Wait, as a launcher does: the first to fail ends all. Returns what each returned. AssertionError if one failed."""
+    """Wait, as a launcher does: the first to fail ends all. Returns the results. AssertionError if one failed."""
     end = time.monotonic() + limit
     while any(m.is_alive() for m in members) and not any(m.exitcode for m in members) and time.monotonic() < end:
         time.sleep(0.02)
@@ -128,7 +128,7 @@ def together(job, *args, place: Path, limit: float = 120, **how) -> list:
     return finish(start(job, *args, place=place, limit=limit, **how), place, limit + 10)
 
 
-def repeat(chapter: str, preset: str, repeats: int, ranks: int, moments: random.Random, place: Path, context=None) -> None:
+def repeat(chapter, preset, repeats: int, ranks: int, moments: random.Random, place: Path, context=None) -> None:
     """A chapter's run, `repeats` times in fresh folders, the processes starting apart. AssertionError if one fails."""
     data = place / "data"
     data.mkdir(parents=True)
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="only preset smoke")
     options, bad = parser.parse_args(), []
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "facebook_nb.training", "pytest"])
+    context.set_forkserver_preload(["torch.distributed", "torch._dynamo", "facebook_nb.training", "pytest"])
     for chapter in options.chapters:
         for preset in ("smoke",) * (not options.full) + ("full",) * (not options.smoke):
             with tempfile.TemporaryDirectory() as place:
