@@ -2,8 +2,8 @@
 
     python -m tests.kill_and_resume [--kills 100] [--devices 1] [--seed 0] [CHAPTER …]
 
-`make test` does a few of these kills (test_robustness.py). With several devices one of the processes is killed, whichever,
-and the others end as their launcher would end them.
+`make test` does a few of these kills (test_robustness.py). With several devices one of the processes is killed,
+whichever, and the others end as their launcher would end them.
 """
 import argparse
 import importlib

@@ -5,8 +5,8 @@ import math
 import multiprocessing
 import os
 import random
-import signal
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -721,11 +721,16 @@ def test_a_head_sharded_by_class_equals_a_whole_one(pair):
         same(weights(state), expected, rtol=1e-9, atol=1e-12)
 
 
-def test_started_by_a_launcher(tmp_path):
-    """Also: importing the module loads neither Accelerate nor a plotting library."""
+@pytest.mark.parametrize("launcher", ["torch.distributed.run --standalone --nproc_per_node 2",
+                                      "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 "
+                                      "--mixed_precision no --dynamo_backend no"])
+def test_started_by_a_launcher(launcher, tmp_path):
+    """Also: importing the module loads no plotting library, nor other things that are slow to load."""
+    if launcher.startswith("accelerate"):
+        pytest.importorskip("accelerate")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    child.__file__, str(tmp_path)], check=True, env=environment, timeout=120, capture_output=True)
+    subprocess.run([sys.executable, "-m", *launcher.split(), child.__file__, str(tmp_path)], check=True,
+                   env=environment, timeout=120, capture_output=True)
     args = child.plain()
     fit(*args, device="cpu")
     for rank in (0, 1):
