@@ -1,4 +1,5 @@
-"""What the processes of test_processes.py do. As a script: a copy that ends with its launcher and never by itself."""
+"""What the processes of test_processes.py do. As a script: copies that agree, or fail, or wait to be ended."""
+import json
 import os
 import sys
 import time
@@ -65,6 +66,8 @@ def outcome(name: str):
 
 if __name__ == "__main__":
     P.end_with_parent()
-    Path(sys.argv[1], os.environ["RANK"]).write_text(str(os.getpid()))
-    time.sleep(60 if sys.argv[2] == "wait" else 0.1)
-    sys.exit(int(sys.argv[2]) * (os.environ["RANK"] == "1"))
+    place, what = Path(sys.argv[1], os.environ["RANK"]), sys.argv[2]
+    place.write_text(json.dumps(agree()) if what == "agree" else str(os.getpid()))
+    if what == "wait":
+        time.sleep(60)
+    sys.exit(2 * (what == "fail" and os.environ["RANK"] == "1"))

@@ -1,4 +1,5 @@
 """Several processes: they agree, share, end together, and chapters run in them (the long form: tests/together.py)."""
+import json
 import multiprocessing
 import os
 import random
@@ -55,6 +56,22 @@ def test_an_environment_that_names_nobody_to_join(monkeypatch):
         processes.first(1)
 
 
+LAUNCHERS = {"torchrun": "torch.distributed.run --standalone --nproc_per_node 2",
+             "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 "
+                           "--mixed_precision no --dynamo_backend no"}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_started_by_either_launcher(launcher, tmp_path):
+    if launcher == "accelerate":
+        pytest.importorskip("accelerate")
+    subprocess.run([sys.executable, "-m", *LAUNCHERS[launcher].split(), child.__file__, str(tmp_path), "agree"],
+                   check=True, timeout=120, capture_output=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
+    found = [json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
+    assert [(it["rank"], it["count"], it["everyone"]) for it in found] == [(0, 2, ["a", "b"]), (1, 2, ["a", "b"])]
+
+
 # --- they end together ---
 
 def alive(pid: int) -> bool:
@@ -71,8 +88,7 @@ LAUNCH = "import sys; from facebook_nb.processes import launch; sys.exit(launch(
 @pytest.mark.parametrize("by, how", [("launch", signal.SIGKILL), ("launch", signal.SIGINT),
                                      ("torchrun", signal.SIGKILL)])
 def test_copies_end_with_the_command_that_started_them(by, how, tmp_path):
-    command = [sys.executable, "-c", LAUNCH] if by == "launch" else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *(["-c", LAUNCH] if by == "launch" else ["-m", *LAUNCHERS[by].split()])]
     command = subprocess.Popen([*command, child.__file__, str(tmp_path), "wait"], stderr=subprocess.DEVNULL)
     end = time.monotonic() + 100
     while len(pids := [int(p.read_text() or 0) for p in tmp_path.iterdir()]) < 2 or not all(pids):
@@ -88,7 +104,7 @@ def test_copies_end_with_the_command_that_started_them(by, how, tmp_path):
 
 
 def test_a_command_ends_as_its_copies_do(tmp_path):
-    assert processes.launch(2, child.__file__, str(tmp_path), "2") == 2
+    assert processes.launch(2, child.__file__, str(tmp_path), "fail") == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1"]
 
 

@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 import types
@@ -719,22 +718,6 @@ def test_a_head_sharded_by_class_equals_a_whole_one(pair):
     for state, rows in ((first, slice(0, 3)), (second, slice(3, 6))):
         expected = {**whole, "head.weight": whole["head.weight"][rows]}
         same(weights(state), expected, rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("launcher", ["torch.distributed.run --standalone --nproc_per_node 2",
-                                      "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 "
-                                      "--mixed_precision no --dynamo_backend no"])
-def test_started_by_a_launcher(launcher, tmp_path):
-    """Also: importing the module loads no plotting library, nor other things that are slow to load."""
-    if launcher.startswith("accelerate"):
-        pytest.importorskip("accelerate")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    subprocess.run([sys.executable, "-m", *launcher.split(), child.__file__, str(tmp_path)], check=True,
-                   env=environment, timeout=120, capture_output=True)
-    args = child.plain()
-    fit(*args, device="cpu")
-    for rank in (0, 1):
-        same(read_weights(tmp_path / f"plain-{rank}.safetensors"), args[0].state_dict(), rtol=1e-9, atol=1e-12)
 
 
 # --- speed ---
