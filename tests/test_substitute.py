@@ -366,7 +366,8 @@ def test_every_row_keeps_to_its_budget(row, device):
 
 
 def test_a_run_repeats_resumes_and_reports(tmp_path):
-    over = dict(SMALL, rows=("DaST-like", "DDG", "DDG + AST", "DDG + random ε", "real images"), n_seeds=2)
+    over = dict(SMALL, rows=(
+        "DaST-like", "DDG, no diversity", "DDG", "DDG + AST", "DDG + random ε", "real images"), n_seeds=2)
     one = sub.run(sub.Config.preset("smoke", out_dir=tmp_path / "a", **over))
     (tmp_path / "a" / "metrics.json").unlink()
     next((tmp_path / "a" / "steps").rglob("*AST.npz")).unlink()
@@ -375,7 +376,7 @@ def test_a_run_repeats_resumes_and_reports(tmp_path):
     told = read_json(tmp_path / "a" / "metrics.json")
     assert told["metrics"]["DDG + AST"]["queries"]["mean"] == 60
     assert {"random ± ε", "white box", "targets"} < set(told["metrics"])
-    assert told["roles"]["DaST-like"] == "baseline" and len(told["findings"]) == 3 and len(told["mechanism"]) == 4
+    assert told["roles"]["DaST-like"] == "baseline" and len(told["findings"]) == 4 and len(told["mechanism"]) == 4
     assert told["claim"]["smallest_effect"] == 1 and told["claim"]["verdict"] in ("shown", "refuted", "undecided")
     assert one.arrays["images DDG"].shape == (10, 2, 1, 8, 8)
     assert one.arrays["curve real images"].shape == (2, 2, 2, 3)
