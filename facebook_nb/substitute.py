@@ -1014,8 +1014,9 @@ def run_row(config: Config, source: Mapping, target: nn.Module,
         "curve": np.array(curve), "queries": door.spent, **final,
         "evenness": evenness(classes), "gap": boundary_gap(
             student, door, x[:300], eps),
-        "margins": torch.histc(top[:, 0] - top[:, 1], 20, 0, 1),
-        **{f"w.{k}": v.cpu() for k, v in student.state_dict().items()}}
+        "margins": torch.histc(top[:, 0] - top[:, 1], 20, 0, 1)}
+    if method.boundary == "adversarial":        # one of them is for `apply`
+        found |= {f"w.{k}": v.cpu() for k, v in student.state_dict().items()}
     if shares:
         found["asked"] = np.nanmean(shares, 0)
     if dreams:
@@ -1220,8 +1221,7 @@ def run(config: Config) -> Report:
                 f"{place}/{_file(row)}", run_row, config, source, target,
                 ROWS[row], about["eps"], about["p"], seed)
     report = summarise(found, rows, config, folder)
-    last = found[config.seed, config.targets[0],
-                 "DDG + AST" if "DDG + AST" in rows else "DDG"]
+    last = found.get((config.seed, config.targets[0], "DDG + AST"), {})
     write_weights(folder.path / "weights.safetensors", {
         k[2:]: torch.as_tensor(v) for k, v in last.items()
         if k.startswith("w.")}, {"student": config.student})
