@@ -333,6 +333,24 @@ def test_frame_lists_and_their_labels(tmp_path):
         readers.read_list(lists / "list.txt")
 
 
+def test_ssdg_lists(tmp_path):
+    folder, entries = tmp_path / "CASIA", []
+    for video, live in (("1", 1), ("2", 0)):
+        for k in range(8):
+            (folder / video).mkdir(parents=True, exist_ok=True)
+            write_image(folder / video / f"{k}.png", np.full((40, 40, 3), 90, np.uint8))
+            entries.append({"photo_path": f"{video}/{k}.png", "photo_label": live,
+                            "photo_belong_to_video_ID": int(video)})
+    for name in ("train", "all", "choose_train"):
+        (folder / f"{name}_label.json").write_text(json.dumps(entries))
+    s = readers.read_data_sets(tmp_path)["C"]
+    assert [(p.parent.name, p.name) for p in s.paths] == [("1", "6.png"), ("2", "6.png")]
+    assert s.attack == [0, -1] and s.split == ["train"] * 2
+    (folder / "train_label.json").write_text('[{"photo": 1}]')
+    with pytest.raises(UserError, match="train_label.json: not a list of photo_path"):
+        readers.read_data_sets(tmp_path)
+
+
 def test_damaged_video_is_left_out_and_named(data_sets):
     s = readers.read_oulu(data_sets / "OULU-NPU").select([3, 4])
     x, rows = readers.load_pictures(s, 24, 2)

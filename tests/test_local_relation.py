@@ -318,9 +318,10 @@ def test_dfdc_preview_has_words_for_labels(tmp_path):
         (tmp_path / path).write_bytes(b"x")
     found = R.read_forgeries(tmp_path)
     assert {v.name: v.method for v in found.videos} == {"method_A/1/1_A": "method_A", "original_videos/1/1": "real"}
-    write_json(tmp_path / "dataset.json", {"a.mp4": {"set": "test"}})
-    with pytest.raises(UserError, match="a.mp4"):
-        R.read_dfdc_preview(tmp_path)
+    for entry, word in (({"set": "test"}, "a.mp4"), ({"set": "test", "label": "surreal"}, "'surreal'")):
+        write_json(tmp_path / "dataset.json", {"a.mp4": entry})
+        with pytest.raises(UserError, match=word):
+            R.read_dfdc_preview(tmp_path)
 
 
 def test_the_deepfakebench_form_with_and_without_compression(tmp_path):
@@ -344,6 +345,33 @@ def test_the_deepfakebench_form_with_and_without_compression(tmp_path):
     (tmp_path / "set.json").unlink()
     with pytest.raises(UserError, match="none of FaceForensics"):
         R.read_forgeries(tmp_path)
+
+
+def test_pictures_are_no_masks_of_their_own(tmp_path):
+    picture = np.full((20, 20, 3), 90, np.uint8)
+    for folder in ("faces", "masks"):
+        write_image(tmp_path / folder / "v/0.png", picture)
+    entry = lambda label: {label: {"train": {"c23": {"v": {"label": label, "frames": ["faces/v/0.png"]}}}}}
+    write_json(tmp_path / "set.json", {"X": entry("DFDC_Real") | entry("whichisreal")})
+    found = R.read_deepfakebench(tmp_path / "set.json", "train")
+    assert {v.method: v.masks for v in found.videos} == {"real": None, "whichisreal": None}
+    with pytest.raises(UserError, match="1 of 1 forged videos have no mask"):
+        R.FaceFrames(found)
+
+
+@pytest.mark.parametrize("change, word", [("short", "3 masks for 4 frames"), ("odd", "20×10 pixels")])
+def test_masks_that_do_not_fit_are_that_videos_error(tmp_path, change, word):
+    paths = {k: tuple(tmp_path / k / "v" / f"{i}.png" for i in range(4)) for k in ("frames", "masks")}
+    for p in sum(paths.values(), ()):
+        write_image(p, np.zeros((20, 20, 3), np.uint8))
+    if change == "odd":
+        write_image(paths["masks"][2], np.zeros((10, 20), np.uint8))
+    video = R.FaceVideo("X/v", "X", paths["frames"], paths["masks"][:3 if change == "short" else 4])
+    with pytest.raises(UserError, match=word):
+        R.crop_video(video, 4, 64, Detector())
+    skipped = R.crop_all(R.ForgeryList("two", [video, replace(video, name="real/w", method="real", masks=None)]),
+                         tmp_path / "out", "test", 4, 64, Detector())
+    assert len(skipped) == 1 and word in skipped[0] and len(R.read_forgeries(tmp_path / "out/test.json")) == 1
 
 
 # --- what a user runs

@@ -8,6 +8,7 @@ __all__ = ['FF_METHODS', 'FaceVideo', 'ForgeryList', 'read_faceforensics', 'read
 
 # %% ../../nbs/foundations/readers_forgery.ipynb #imports
 import os
+import re
 import shutil
 import tempfile
 from collections import Counter
@@ -19,6 +20,7 @@ import numpy as np
 
 from ..files import (
     UserError, progress, read_image, read_json, write_image, write_json)
+from ..processes import everyone, is_main, share, wait_for_all
 from .video import open_clip, segment_indices
 from ..worlds.forgery import cut_square, face_square
 
@@ -105,13 +107,24 @@ def _stored(folder: Path, name: str):
     return images or folder / "videos" / f"{name}.mp4"
 
 
+def _beside(path: Path) -> Path | None:
+    """path with its last folder `frames` called `masks`."""
+    parts = list(path.parts)
+    if "frames" not in parts:
+        return None
+    parts[len(parts) - 1 - parts[::-1].index("frames")] = "masks"
+    return Path(*parts)
+
+
 def _mask_of(frames, *places: Path):
-    """The mask beside the frames (frames → masks), or the first that is."""
+    """The mask beside the frames (frames → masks), or the first that is.
+
+    None where no folder is called frames, or one of the masks is not there.
+    """
     if isinstance(frames, tuple):
-        beside = tuple(Path(*("masks" if p == "frames" else p
-                              for p in f.parts)) for f in frames)
-        if all(m.is_file() for m in beside):
-            return beside
+        beside = tuple(map(_beside, frames))
+        there = beside and all(m and m.is_file() for m in beside)
+        return beside if there else None
     return next((p for p in places if p.is_file()), None)
 
 
@@ -194,6 +207,9 @@ def read_dfdc_preview(root: str | Path, split: str = "test") -> ForgeryList:
             kind, part = entry["label"], entry["set"]
         except (TypeError, KeyError):
             raise UserError(f"{at}: {path} has no label or set") from None
+        if kind not in ("real", "fake"):
+            raise UserError(f"{at}: {path} has the label {kind!r}; real or "
+                            "fake was expected")
         if part == split:
             method = "real" if kind == "real" else path.split("/")[0]
             found.add(FaceVideo(path.removesuffix(".mp4"), method,
@@ -216,7 +232,8 @@ def read_deepfakebench(path: str | Path, split: str, root=None,
     if not isinstance(data, dict) or len(data) != 1:
         raise UserError(f"{path}: one data set was expected at the top")
     for label, splits in next(iter(data.values())).items():
-        real = "real" in label.lower()
+        # FF-real, DFDC_Real; "whichisreal" is the name of a forger
+        real = re.split("[-_ ]", label.lower())[-1] == "real"
         if methods and not real and label not in methods:
             continue
         try:
@@ -268,9 +285,19 @@ def _grey(frames: np.ndarray) -> np.ndarray:
 
 
 def _take(source, at) -> np.ndarray:
-    if isinstance(source, tuple):
-        return np.stack([read_image(source[i]) for i in at])
-    return open_clip(source).read(at)
+    if not isinstance(source, tuple):
+        return open_clip(source).read(at)
+    pictures = [read_image(source[i]) for i in at]
+    for i, x in zip(at, pictures):
+        if x.shape != pictures[0].shape:
+            raise UserError(f"{source[i]}: {x.shape[1]}×{x.shape[0]} pixels, "
+                            f"where the first has {pictures[0].shape[1]}×"
+                            f"{pictures[0].shape[0]}")
+    return np.stack(pictures)
+
+
+def _length(source) -> int:
+    return len(source if isinstance(source, tuple) else open_clip(source))
 
 
 def crop_video(video: FaceVideo, frames: int = 32, size: int = 256,
@@ -285,13 +312,14 @@ def crop_video(video: FaceVideo, frames: int = 32, size: int = 256,
     """
     if detect is None:
         from facebook_nb.models.recognisers import detect_faces as detect
-    listed = isinstance(video.frames, tuple)
-    n = len(video.frames) if listed else len(open_clip(video.frames))
+    n = _length(video.frames)
     at = np.unique(segment_indices(n, frames))
     faces, masks = [], []
     pictures = _take(video.frames, at)
     truth = None
     if video.masks is not None:
+        if (m := _length(video.masks)) != n:
+            raise UserError(f"{video.name}: {m} masks for {n} frames")
         truth = _grey(_take(video.masks, at))
         if truth.shape[1:] != pictures.shape[1:3]:
             raise UserError(
@@ -318,29 +346,37 @@ def crop_all(videos: ForgeryList, out: str | Path, split: str,
              frames: int = 32, size: int = 256, detect=None) -> list[str]:
     """Cut the faces of all videos into `out`, with `out`/SPLIT.json.
 
-    Returns a line for each video that was skipped, with the reason.
+    The processes of a run share the videos. Returns a line for each that was
+    skipped, with the reason.
     """
-    out, skipped, data = Path(out), [], {}
-    for video in progress(videos.videos, label="cutting faces"):
+    out, mine, skipped, data = Path(out), {}, [], {}
+    for i in progress(share(len(videos)), label="cutting faces"):
+        video = videos.videos[i]
         folder = out / split / "frames" / video.name
         try:
             if not folder.is_dir():
                 _write_faces(folder, *crop_video(video, frames, size, detect))
-        except UserError as error:
-            skipped.append(f"{video.name}: {error}")
-            continue
-        label = "real" if not video.label else video.method
-        data.setdefault(label, {split: {}})[split][video.name] = {
-            "label": label, "frames": [
-                p.relative_to(out).as_posix()
-                for p in sorted(folder.glob("*.png"))]}
-    write_json(out / f"{split}.json", {videos.layout: data})
+            mine[i] = [p.relative_to(out).as_posix()
+                       for p in sorted(folder.glob("*.png"))]
+        except Exception as error:      # a video's fault is its own
+            mine[i] = f"{video.name}: {error}".splitlines()[0]
+    for i, faces in sorted(pair for part in everyone(mine)
+                           for pair in part.items()):
+        video = videos.videos[i]
+        label = video.method if video.label else "real"
+        if isinstance(faces, str):
+            skipped.append(faces)
+        else:
+            data.setdefault(label, {split: {}})[split][video.name] = {
+                "label": label, "frames": faces}
+    if is_main():
+        write_json(out / f"{split}.json", {videos.layout: data})
+    wait_for_all()
     return skipped
 
 
 def _write_faces(folder: Path, faces, masks) -> None:
-    place = Path(*("masks" if p == "frames" else p for p in folder.parts))
-    for target, pictures in ((place, masks), (folder, faces)):
+    for target, pictures in ((_beside(folder), masks), (folder, faces)):
         if pictures is None:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -374,6 +410,10 @@ class FaceFrames:
         for k, v in enumerate(videos.videos):
             if not isinstance(v.frames, tuple):
                 raise UserError(f"{v.name}: a video; cut it with crop_all")
+            if masks and v.masks and len(v.masks) != len(v.frames):
+                raise UserError(f"{v.name}: {len(v.masks)} masks for "
+                                f"{len(v.frames)} frames; mend it, or leave "
+                                "it out")
             at = np.unique(segment_indices(len(v.frames), frames))
             self.rows += [(v.frames[i], v.masks and v.masks[i], v.label)
                           for i in at]
