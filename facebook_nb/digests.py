@@ -78,21 +78,23 @@ class Module:
                 for local, source, original in _imports(node, name):
                     self.imported[local] = (source, original)
                 continue
-            uses = list(_imports(node, name))
+            brings = list(_imports(node, name))
             if hasattr(node, "name"):           # a function or a class
-                self.defined[node.name] = [(node, uses)]
+                self.defined[node.name] = [(node, brings)]
                 continue
             targets = getattr(node, "targets", [getattr(node, "target", 0)])
             for target in filter(None, targets):
                 for sub in ast.walk(target):
                     if isinstance(sub, ast.Name):
                         self.defined.setdefault(sub.id, []).append(
-                            (node, uses))
+                            (node, brings))
 
-    def bare(self, name: str) -> tuple[str, set, list, bool]:
-        """(its text, the names it uses, its imports, is it plumbing).
+    def bare(self, name: str) -> tuple:
+        """What a definition is without its clothes, and what it uses.
 
-        `Name()` stands for the methods of a class without its fields.
+        Returns (text, global names, imports inside it, name → the parts
+        that are taken of it where it is never used as a whole, whether it
+        is plumbing). `Name()` stands for the methods of a class.
         """
         if name not in self.known:
             self.known[name] = self._bare(name)
@@ -111,8 +113,20 @@ class Module:
         marks = [d.id for node, _ in nodes for d in getattr(
             node, "decorator_list", []) if isinstance(d, ast.Name)]
         return ("\n".join([name, *texts]), uses,
-                [use for _, imports in nodes for use in imports],
-                "plumbing" in marks)
+                [each for _, brings in nodes for each in brings],
+                _parts(trees), "plumbing" in marks)
+
+
+def _parts(trees) -> dict[str, set[str]]:
+    """name → attributes taken of it, where nothing else is done with it."""
+    parts, whole = {}, []
+    for sub in (sub for tree in trees for sub in ast.walk(tree)):
+        if isinstance(sub, ast.Attribute) and isinstance(sub.value, ast.Name):
+            parts.setdefault(sub.value.id, []).append(sub.attr)
+        elif isinstance(sub, ast.Name):
+            whole.append(sub.id)
+    return {name: set(taken) for name, taken in parts.items()
+            if whole.count(name) == len(taken)}
 
 
 def _globals(tree: ast.AST) -> set[str]:
@@ -141,6 +155,24 @@ def _cells() -> list[str]:
     return list(shell.user_ns.get("In", [])) if shell else []
 
 
+def _file(name: str) -> Path | None:
+    """The file of a module, which is not imported for it."""
+    top, *rest = name.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ModuleNotFoundError, ValueError):
+        return None
+    if spec and rest:
+        for folder in spec.submodule_search_locations or ():
+            place = Path(folder, *rest)
+            for path in (place.with_suffix(".py"), place / "__init__.py"):
+                if path.is_file():
+                    return path
+        return None
+    path = Path(spec and spec.origin or "")
+    return path if path.suffix == ".py" else None
+
+
 def find_module(name: str) -> Module | None:
     """A module by its full name; `__main__` may be a running notebook."""
     if name == "__main__":
@@ -152,16 +184,12 @@ def find_module(name: str) -> Module | None:
                 pass
         if body:
             return Module(name, ast.Module(body, []))
-        path = getattr(sys.modules[name], "__file__", None)
+        path = Path(getattr(sys.modules[name], "__file__", None) or "")
     else:
-        try:
-            spec = importlib.util.find_spec(name)
-        except ModuleNotFoundError:
-            return None
-        path = spec and spec.origin
-    if not path or not path.endswith(".py"):
+        path = _file(name)
+    if not path or not path.is_file():
         return None
-    return _parsed(name, path, Path(path).stat().st_mtime_ns)
+    return _parsed(name, str(path), path.stat().st_mtime_ns)
 
 # %% ../nbs/foundations/digests.ipynb #reached
 def reached(roots, extra: ast.Module | None = None) -> set[str]:
@@ -179,11 +207,12 @@ def reached(roots, extra: ast.Module | None = None) -> set[str]:
             modules[name] = find_module(name)
         return modules[name]
 
-    def follow(source, original):
-        """What an import brings: a definition, or a module as a whole."""
+    def follow(source, original, parts=None):
+        """What an import brings: a definition, or (parts of) a module."""
         if original and module(f"{source}.{original}"):
             source, original = f"{source}.{original}", None
-        todo.append((source, original))
+        names = parts if parts and original is None else [original]
+        todo.extend((source, name) for name in names)
 
     for _, source, original in _imports(extra, "") if extra else ():
         follow(source, original)
@@ -197,15 +226,21 @@ def reached(roots, extra: ast.Module | None = None) -> set[str]:
             todo += [(source, each) for each in here.defined
                      if each != "__all__"]
         elif name.removesuffix("()") in here.defined:
-            text, names, imports, plumbing = here.bare(name)
+            text, names, imports, parts, plumbing = here.bare(name)
             if plumbing:
                 continue
             found.add(text)
-            for _, other, original in imports:
-                follow(other, original)
-            todo += [(source, used) for used in names]
+            for local, other, original in imports:
+                follow(other, original, parts.get(local))
+            for used in names:
+                if used in here.defined:
+                    todo.append((source, used))
+                elif used in here.imported:
+                    follow(*here.imported[used], parts.get(used))
         elif name in here.imported:
             follow(*here.imported[name])
+        elif module(f"{source}.{name}"):
+            todo.append((f"{source}.{name}", None))
     return found
 
 # %% ../nbs/foundations/digests.ipynb #code_digest

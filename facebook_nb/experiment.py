@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'FREE', 'OWNS', 'ROLES', 'Settings', 'processor_name', 'device_name', 'environment', 'package_folder',
-           'weights_file', 'watched', 'own_folder', 'RunFolder', 'step_is_current', 'stale_steps', 'half_width',
+           'weights_file', 'watched', 'own_folder', 'RunFolder', 'step_is_current', 'finished_steps', 'half_width',
            'Claim', 'decide', 'Check', 'Report', 'with_interval', 'Table', 'result_table', 'verdict_table', 'glue',
            'glue_report', 'book_root', 'read_ledger', 'record', 'differences', 'seed_differences', 'write_results']
 
@@ -370,10 +370,17 @@ def step_is_current(about: Mapping, config: Settings,
 
 
 @plumbing
-def stale_steps(steps: Mapping[str, Mapping], config: Settings) -> list[str]:
-    """The names of those recorded steps that would be done anew."""
-    return [name for name, about in steps.items()
-            if not step_is_current(about, config)]
+def finished_steps(folder: str | Path) -> dict[str, dict]:
+    """What is told of the finished steps in a run's folder, by name."""
+    found, place = {}, Path(folder) / "steps"
+    for path in sorted(place.rglob("*.npz")):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                about = json.loads(str(file["_about"]))
+        except Exception:               # damaged: it will be done again
+            continue
+        found[path.relative_to(place).with_suffix("").as_posix()] = about
+    return found
 
 # %% ../nbs/foundations/experiment.ipynb #decide
 @plumbing
@@ -428,6 +435,14 @@ class Claim:
         seeds = "1 seed" if self.n == 1 else f"{self.n} seeds"
         return (f"{self.verdict}: {number(self.effect)}{unit}{between}, "
                 f"{seeds}")
+
+    @classmethod
+    def of(cls, entry: Mapping) -> "Claim":
+        """A claim as metrics.json and the ledger hold it."""
+        known = {f.name: entry[f.name] for f in fields(cls)
+                 if f.name in entry}
+        return cls(**known | {"interval": known["interval"] and tuple(
+            known["interval"])})
 
     def as_dict(self) -> dict:
         return {"text": self.text, "verdict": self.verdict,
@@ -537,8 +552,13 @@ class Report:
                 "roles": self.roles, "seconds": round(self.seconds, 1),
                 "steps": self.steps}
 
-    def save(self, folder: str | Path) -> None:
-        """Write metrics.json and arrays.npz, each whole or not at all."""
+    def save(self, folder: RunFolder | str | Path) -> None:
+        """Write metrics.json and arrays.npz, each whole or not at all.
+
+        Into a run's folder its steps are told as well.
+        """
+        if isinstance(folder, RunFolder):
+            self.steps, folder = folder.steps, folder.path
         if is_main():
             path = Path(folder) / "arrays.npz"
             with write_atomic(path) as part, part.open("wb") as file:
@@ -698,9 +718,15 @@ def book_root() -> Path:
 
 
 def read_ledger(chapter: str, root: Path | None = None) -> dict | None:
-    """A chapter's entry in the ledger; None where it has none yet."""
-    root = root or book_root()
-    path = root / "nbs" / "results" / f"{chapter}.json"
+    """A chapter's entry in the ledger; None where it has none yet.
+
+    root: of the book; None: where it is found, else the package's own copy.
+    """
+    try:
+        folder = (root or book_root()) / "nbs" / "results"
+    except UserError:                   # installed from a wheel
+        folder = package_folder() / "results"
+    path = folder / f"{chapter}.json"
     return read_json(path) if path.exists() else None
 
 
