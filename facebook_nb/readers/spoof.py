@@ -371,14 +371,18 @@ FIXES = {"empty file": "copy it again",
 
 @dataclass
 class Found:
-    """What a folder holds; `usable`: at least one protocol can be run."""
+    """What a folder holds; `usable`: those needed can be run, or at least
+    one protocol."""
 
     root: str
     sets: dict
     missing: dict                   # protocol → why it cannot be run
+    needed: tuple = ()              # protocols
 
     @property
     def usable(self) -> bool:
+        if self.needed:
+            return not set(self.needed) & set(self.missing)
         return len(self.missing) < len(PROTOCOLS)
 
     def __str__(self) -> str:
@@ -397,7 +401,8 @@ class Found:
         can = [p for p in PROTOCOLS if p not in self.missing]
         lines.append(f"  protocols that can be run: {', '.join(can)}"
                      if can else "  no protocol can be run")
-        lines += [f"  not {why}" for why in self.missing.values() if not can]
+        lines += [f"  not {why}" for p, why in self.missing.items()
+                  if not can or p in self.needed]
         return "\n".join(lines)
 
 
