@@ -14,11 +14,14 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import (
+    ProcessPoolExecutor, ThreadPoolExecutor, as_completed)
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -32,7 +35,8 @@ from .experiment import (
     half_width, own_folder, read_ledger, record, seed_differences,
     step_is_current, with_interval)
 from .files import UserError, read_json, write_atomic, write_json
-from .processes import end_with_parent, is_main, launch
+from .processes import (
+    ask_first, end_with_parent, is_main, launch)
 
 # %% ../nbs/foundations/cli.ipynb #CHAPTERS
 CHAPTERS = {
@@ -75,8 +79,8 @@ def is_written(notebook: Path) -> bool:
 
 def has_code(notebook: Path) -> bool:
     """Whether a notebook holds anything to run."""
-    return any(cell["cell_type"] == "code"
-               for cell in read_json(notebook)["cells"])
+    return notebook.exists() and any(
+        cell["cell_type"] == "code" for cell in read_json(notebook)["cells"])
 
 
 def chapter_module(chapter: str):
@@ -101,8 +105,8 @@ class Outcome:
 
 
 def _one_line(failure: Exception) -> str:
-    if type(failure).__name__ == "DeadKernelError":
-        return ("the kernel died, most often for lack of memory; what was "
+    if type(failure).__name__ in ("DeadKernelError", "BrokenProcessPool"):
+        return ("its process died, most often for lack of memory; what was "
                 "finished is kept, run the same command again")
     text = str(failure).strip().split("\n")[0]
     return f"{type(failure).__name__}: {text}"
@@ -160,21 +164,41 @@ def on_all_cores(function, jobs: Mapping[str, tuple], say=print) -> dict:
     A line is said as each ends. A worker that dies is an Outcome too.
     """
     import multiprocessing
+    from queue import SimpleQueue
 
-    spawn, outcomes = multiprocessing.get_context("spawn"), {}
-    with ProcessPoolExecutor(min(_cores(), len(jobs) or 1), spawn,
-                             initializer=end_with_parent) as pool:
-        runs = {pool.submit(function, *job): name
-                for name, job in jobs.items()}
-        for run in as_completed(runs):
-            name = runs[run]
-            try:
-                outcome = run.result()
-            except Exception as failure:
-                outcome = Outcome(name, 0.0, _one_line(failure))
-            outcomes[name] = outcome
-            say(f"{outcome.name:16} {outcome.seconds:6.1f} s  "
-                f"{outcome.error or 'ok'}")
+    spawn = multiprocessing.get_context("spawn")
+    worker = lambda: ProcessPoolExecutor(
+        1, spawn, initializer=end_with_parent, initargs=(os.getpid(),))
+    outcomes, free = {}, SimpleQueue()
+
+    def by_one(name, job):          # so that one that dies ends its own job
+        pool = free.get()
+        try:
+            return pool.submit(function, *job).result()
+        except Exception as failure:
+            if isinstance(failure, BrokenProcessPool):
+                pool = worker()
+            return Outcome(name, 0.0, _one_line(failure))
+        finally:
+            free.put(pool)
+
+    cores = min(_cores(), len(jobs) or 1)
+    with ThreadPoolExecutor(cores) as threads:
+        for _ in range(cores):
+            free.put(worker())
+        runs = {threads.submit(by_one, *job): job[0] for job in jobs.items()}
+        try:
+            for run in as_completed(runs):
+                outcome = outcomes[runs[run]] = run.result()
+                say(f"{outcome.name:16} {outcome.seconds:6.1f} s  "
+                    f"{outcome.error or 'ok'}")
+        except BaseException:       # Ctrl-C: nothing is left at work
+            threads.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.kill()
+            raise
+        while not free.empty():
+            free.get().shutdown()
     return {name: outcomes[name] for name in jobs}
 
 
@@ -428,10 +452,12 @@ def train(chapter: str, preset: Preset = "full", data_root: DataRoot = None,
 
     `facebook-nb run … --resume` on the same folder then shows it.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:     # one of several, of torchrun
+        end_with_parent()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)    # also while it waits
     module = chapter_module(chapter)
     folder = Path(out_dir or f"runs/{chapter}-{preset}").resolve()
-    if is_main():
-        _folder(chapter, preset, folder, resume)
+    ask_first(_folder, chapter, preset, folder, resume)
     config = module.Config.preset(
         preset, data_root=data_root and data_root.resolve(), seed=seed,
         devices=int(os.environ.get("WORLD_SIZE", "1")), out_dir=folder,
@@ -826,7 +852,8 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        typer.echo(f"error: {error}", err=True)
+        if not getattr(error, "told", False):   # by another process
+            typer.echo(f"error: {error}", err=True)
         sys.exit(2)
 
 

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_SIDE', 'MAX_BYTES', 'IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'plumbing', 'UserError', 'write_atomic',
-           'write_json', 'read_bytes', 'read_text', 'read_json', 'inside', 'to_uint8', 'image_array', 'decode_image',
-           'read_image', 'write_image', 'pictures_in', 'DataCheck', 'tensors_digest', 'write_weights', 'read_metadata',
-           'read_weights', 'load_strict', 'progress']
+           'write_json', 'read_bytes', 'read_text', 'read_json', 'leads_out', 'inside', 'to_uint8', 'image_array',
+           'decode_image', 'read_image', 'write_image', 'pictures_in', 'DataCheck', 'tensors_digest', 'write_weights',
+           'read_metadata', 'read_weights', 'load_plain', 'load_strict', 'progress']
 
 # %% ../nbs/foundations/files.ipynb #imports
 import errno
 import hashlib
 import json
 import os
+import pickle
 import re
 import stat
 import sys
@@ -199,6 +200,13 @@ def read_json(path: str | Path, kind: type = object):
     return value
 
 # %% ../nbs/foundations/files.ipynb #inside
+def leads_out(name: str) -> bool:
+    """Whether a name is absolute, climbs with `..`, or is none."""
+    return (not name or name[0] in "/\\" or "\0" in name
+            or name[1:2] == ":"         # C:, a drive
+            or ".." in name and ".." in re.split(r"[/\\]", name))
+
+
 def inside(root: str | Path, name: str, where: object = "",
            write: bool = False) -> Path:
     """`root`/`name`, for a name from a list or an archive.
@@ -206,10 +214,8 @@ def inside(root: str | Path, name: str, where: object = "",
     where: what the message calls the list; write: follow links as well.
     Raises UserError when the name is absolute, climbs out or is none.
     """
-    parts = str(name).replace("\\", "/").split("/")
-    path = Path(root, name)
-    if (not any(parts) or not parts[0] or ".." in parts or "\0" in name
-            or re.match(r"[A-Za-z]:", parts[0]) or write and not
+    path = Path(root, name) if isinstance(name, str) else None
+    if not path or leads_out(name) or write and not (
             path.resolve().is_relative_to(Path(root).resolve())):
         raise UserError(f"{where or root}: the name {name!r:.80} leads out "
                         f"of its folder; names must lie below {root}")
@@ -444,8 +450,6 @@ def read_weights(path: str | Path) -> dict:
     dropped. Raises UserError for a missing or damaged file, a wrong digest,
     or a file that holds more than tensors.
     """
-    import pickle
-
     import torch
 
     path = Path(path)
@@ -485,6 +489,134 @@ def _unwrapped(state: Mapping) -> dict:
     wrapped = all(name.startswith("module.") for name in state)
     return {k.removeprefix("module.") if wrapped else k: v
             for k, v in state.items()}
+
+# %% ../nbs/foundations/files.ipynb #load_plain
+class _Dtype:
+    """Stands in for numpy.dtype: its code and byte order, no more."""
+
+    def __init__(self, code, *_):
+        code = code.decode() if isinstance(code, bytes) else str(code)
+        if not re.fullmatch(r"[biufcSU]\d{1,5}|O8?|bool", code):
+            raise pickle.UnpicklingError(f"an array of {code!r:.40}")
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state):
+        order = state[1].decode() if isinstance(
+            state[1], bytes) else state[1]
+        if state[2:5] != (None,) * 3 or order not in tuple("<>|="):
+            raise pickle.UnpicklingError("an array of records")
+        self.order = order
+
+    def array(self, data, shape, order="C"):
+        import math
+
+        import numpy as np
+
+        if self.code[0] == "O":         # a list of plain things
+            if type(data) is not list or math.prod(shape) != len(data):
+                raise pickle.UnpicklingError("an array of addresses")
+            made = np.empty(len(data), object)
+            made[:] = data
+        else:
+            kind = np.dtype(self.code).newbyteorder(self.order)
+            data = data.encode("latin1") if isinstance(data, str) else data
+            made = np.frombuffer(data, kind) if len(data) else np.empty(
+                0, kind)
+        return made.reshape(shape, order=order).copy()
+
+
+class _Ndarray:
+    """Stands in for numpy.ndarray until its state is known."""
+
+    def __init__(self, made=None):
+        self.made = made
+
+    def __setstate__(self, state):
+        _, shape, kind, fortran, data = state
+        self.made = kind.array(data, shape, "F" if fortran else "C")
+
+
+class _Sealed:
+    """A function that a pickle may call, and cannot change."""
+
+    __slots__ = ("call",)
+
+    def __init__(self, call):
+        self.call = call
+
+    def __call__(self, *given):
+        return self.call(*given)
+
+    def __setstate__(self, state):
+        raise pickle.UnpicklingError("a state for a function")
+
+
+def _latin(text="", codec="latin1"):    # how protocol 2 writes bytes
+    if codec not in ("latin1", "latin-1", b"latin1"):
+        raise pickle.UnpicklingError(f"codec {codec!r:.40}")
+    return text.encode("latin1")
+
+
+class _Plain(pickle.Unpickler):
+    NUMPY = {
+        "dtype": _Dtype, "ndarray": None,       # None: named, never called
+        "_reconstruct": lambda *_: _Ndarray(),
+        "scalar": lambda kind, data: kind.array(data, (1,))[0],
+        "_frombuffer": lambda data, kind, shape, order: _Ndarray(
+            kind.array(data, shape, order))}
+    OTHERS = {("_codecs", "encode"): _latin, ("builtins", "bytes"): _latin,
+              ("__builtin__", "bytes"): _latin,
+              ("collections", "OrderedDict"): lambda *items: dict(*items)}
+
+    def find_class(self, module, name):
+        if module.split(".")[0] == "numpy" and name in self.NUMPY:
+            return _Sealed(self.NUMPY[name])
+        if (module, name) in self.OTHERS:
+            return _Sealed(self.OTHERS[module, name])
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _settled(value, seen: dict):
+    """The value with arrays in place of their stand-ins."""
+    import numpy as np
+
+    if isinstance(value, _Ndarray):
+        value = value.made
+        if value is None:
+            raise pickle.UnpicklingError("an array without a state")
+    if isinstance(value, np.ndarray) and value.dtype == object:
+        for i, inner in enumerate(value.flat):
+            value.flat[i] = _settled(inner, seen)
+    if not isinstance(value, list | tuple | dict):
+        return value
+    if id(value) in seen:
+        return seen[id(value)]
+    if isinstance(value, dict):
+        made = seen[id(value)] = {}
+        made.update((k, _settled(v, seen)) for k, v in value.items())
+    elif isinstance(value, list):
+        made = seen[id(value)] = []
+        made += [_settled(v, seen) for v in value]
+    else:
+        made = tuple(_settled(v, seen) for v in value)
+    return made
+
+
+def load_plain(path: str | Path, encoding: str = "latin1"):
+    """A pickle of arrays, lists, mappings, numbers and text; runs no code.
+
+    encoding: of Python 2's strings, or "bytes". Raises UserError for a file
+    that is missing, damaged, or asks for more.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with open(path, "rb") as file:
+            found = _Plain(file, encoding=encoding).load()
+            return _settled(found, {})
+    except Exception as error:          # a damaged pickle raises anything
+        raise UserError(f"{path}: refused, damaged or more than arrays, text "
+                        f"and numbers ({str(error)[:99]})") from None
 
 # %% ../nbs/foundations/files.ipynb #load_strict
 @plumbing

@@ -123,11 +123,11 @@ def listed(inputs) -> list:
     return [inputs] if one else list(inputs)
 
 
-def expand(inputs, suffixes=IMAGE_SUFFIXES) -> list:
+def expand(inputs, suffixes=IMAGE_SUFFIXES, out: Path | None = None) -> list:
     """Inputs, with folders replaced by the files of `suffixes` in them.
 
     A folder that holds none stays. Photographs of kinds that are not read
-    stay too; `tell` counts other files.
+    stay too; `tell` counts other files. out: of former results, left out.
     """
     found = []
     for value in listed(inputs):
@@ -136,7 +136,7 @@ def expand(inputs, suffixes=IMAGE_SUFFIXES) -> list:
             found.append(value)
             continue
         files = sorted(p for p in path.rglob("*") if not (
-            p.is_dir() or p.name.startswith(".")))
+            p.is_dir() or p.name.startswith(".") or out in p.parents))
         kinds = suffixes + UNREAD if set(IMAGE_SUFFIXES) <= set(
             suffixes) else suffixes
         chosen = [p for p in files if p.suffix.lower() in kinds]
@@ -188,8 +188,8 @@ def apply_each(inputs, judge: Callable[[Item], dict], out_dir=None,
     results.csv. Raises UserError when it cannot be written.
     """
     folder, rows = None if out_dir is None else Path(out_dir), []
+    items = expand(inputs, suffixes, folder)
     results = folder and _Results(folder, rows)
-    items = expand(inputs, suffixes)
     try:
         for number, value in enumerate(progress(items, label="inputs")):
             item = Item(value, number, folder)

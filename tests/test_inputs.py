@@ -85,7 +85,8 @@ def test_folders_are_searched_and_the_rest_is_told(tmp_path, capsys):
     for name in ("a/notes.txt", "a/.hidden.png", "films/x.doc", "films/y.HEIC"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    rows = apply_each([tmp_path / "a", tmp_path / "films"], mean)
+    write_image(tmp_path / "a/out/x.png", COLOUR)       # of an earlier call
+    rows = apply_each([tmp_path / "a", tmp_path / "films"], mean, tmp_path / "a/out")
     assert len(rows) == 2 and ".heic 1" in rows[1]["error"] and ".doc 1" in rows[1]["error"]
     assert ".txt 1" in capsys.readouterr().err
 

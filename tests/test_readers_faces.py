@@ -346,7 +346,7 @@ def test_a_pickle_that_does_anything_else_is_refused(tmp_path, monkeypatch, data
 
 
 @pytest.mark.parametrize("data, words", [
-    (b"", "not images and booleans"),
+    (b"", "refused, damaged"),
     (pickle.dumps((IMAGES, SAME))[:-30], "evil.bin: "),
     (b"hello", "evil.bin: "),
     (pickle.dumps((IMAGES[:3], SAME)), "3 images for 2 pairs"),
@@ -369,7 +369,7 @@ def test_a_missing_verification_set_is_named(tmp_path):
 # ---------------------------------------------------------------- lists
 
 def test_two_column_lists(tree):
-    lines = f"ada/2.png\t10\nbob/1.png\t9\n\n{tree / 'ada' / '1.png'}\t10\nbob/1.png\t3\n"
+    lines = "ada/2.png\t10\nbob/1.png\t9\n\nada/1.png\t10\nbob/1.png\t3\n"
     (tree / "train.label").write_text("\ufeff" + lines)
     faces = R.read_faces(tree / "train.label")
     assert faces.people == ["9", "10"] and faces.labels.tolist() == [1, 0, 1]      # numbers sort as numbers
@@ -394,6 +394,11 @@ def test_score_lists(tmp_path):
     (R.read_list, "a.png\n", "line 1: 1 columns; expected PATH, tab, LABEL"),
     (R.read_list, "a.png\t1\nb.png\t1\t2\n", "line 2: 3 columns"),
     (R.read_list, "\n\n", "no lines"),
+    (R.read_list, "a.png\t1\n../b.png\t1\n", "line 2: '../b.png' leads out"),
+    (R.read_list, "/etc/a.png\t1\n", "line 1: '/etc/a.png' leads out"),
+    (R.read_pairs, "../a 1 2\n", "leads out"),
+    (R.read_bfw, "p1,p2,label,att1,att2,fold\na,/b,1,x,x,1\n", "leads out"),
+    (R.read_bfw, "p1,p2,label,att1,att2,fold\na,b,1,x,x,inf\n", "a row lacks a number"),
     (R.read_scores, "a.png\tgood\n", "line 1: 'good' is no number"),
     (R.read_pairs, "10\t300\nA 1\n", "line 2: expected NAME i j or NAME i NAME j"),
     (R.read_pairs, "A one 2\n", "line 1: expected NAME i j"),
@@ -414,7 +419,7 @@ def test_a_damaged_list_names_its_line(tmp_path, read, text, words):
 
 def test_lists_that_are_no_text(tmp_path):
     (tmp_path / "list.txt").write_bytes(b"\xff\xfe\x00\x01")
-    with pytest.raises(UserError, match="not readable as text"):
+    with pytest.raises(UserError, match="UTF-16; save it as UTF-8"):
         R.read_list(tmp_path / "list.txt")
 
 

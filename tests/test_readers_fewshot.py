@@ -6,6 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from facebook_nb.files import UserError, write_image
 from facebook_nb.readers import fewshot
@@ -65,6 +66,29 @@ def test_damaged_pickles_say_what_is_wrong(tmp_path, found, message):
     (tmp_path / "miniImageNet_category_split_train_phase_train.pickle").write_bytes(pickle.dumps(found))
     with pytest.raises(UserError, match=message):
         fewshot.read_splits(tmp_path, "miniimagenet")
+
+
+@pytest.mark.parametrize("classes", [{"a": [0, 99]}, {"a": ["x"]}, [1], {"a": 0}, {"a": [0]}, {"a": [-9]}])
+def test_classes_that_do_not_fit_the_pictures(tmp_path, classes):
+    for phase in fewshot.PHASES:
+        found = {"image_data": np.zeros((2, 84, 84, 3), np.uint8), "class_dict": classes}
+        (tmp_path / f"mini-imagenet-cache-{phase}.pkl").write_bytes(pickle.dumps(found))
+    with pytest.raises(UserError, match="cache-train.pkl: "):
+        fewshot.read_splits(tmp_path, "miniimagenet")
+
+
+def test_a_small_zip_of_large_pictures_is_refused(tmp_path, monkeypatch):
+    buffer = io.BytesIO()
+    Image.new("1", (7000, 7000)).save(buffer, "PNG")
+    path = tmp_path / "images_background.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("images_background/A/character01/1.png", buffer.getvalue())
+    with pytest.raises(UserError, match="images_background.zip.*7000×7000 pixels, over the limit"):
+        fewshot.read_omniglot_zip(path)
+    omniglot_zip(path, ["A/character01", "A/character02", "B/character01"])
+    monkeypatch.setattr(fewshot, "INK_BYTES", 105 * 105 * 2)
+    with pytest.raises(UserError, match="images_background.zip: unpacks to more"):
+        fewshot.read_omniglot_zip(path)
 
 
 def test_old_numpy_names_are_understood(tmp_path):
@@ -131,8 +155,6 @@ def omniglot_zip(path, names):
     with zipfile.ZipFile(path, "w") as file:
         for name in names:
             out = io.BytesIO()
-            from PIL import Image
-
             Image.fromarray(np.full((105, 105), 255, np.uint8)).convert("1").save(out, "png")
             file.writestr(f"images_background/{name}/0001_01.png", out.getvalue())
 

@@ -9,7 +9,7 @@ __all__ = ['FIXES', 'MAGIC', 'RACES', 'ARCHIVES', 'ReadReport', 'Faces', 'Files'
 
 # %% ../../nbs/foundations/readers_faces.ipynb #imports
 import os
-import pickle
+import re
 import shutil
 import struct
 import tempfile
@@ -24,8 +24,11 @@ from facebook_nb.files import (
     IMAGE_SUFFIXES,
     UserError,
     decode_image,
+    leads_out,
+    load_plain,
     progress,
     read_image,
+    read_text,
 )
 
 # %% ../../nbs/foundations/readers_faces.ipynb #ReadReport
@@ -392,13 +395,7 @@ def read_records(path: str | Path) -> Faces:
 # %% ../../nbs/foundations/readers_faces.ipynb #read_list
 def _lines(path: str | Path) -> Iterator[tuple[int, list[str]]]:
     """Numbered lines of a text file, split at tabs, else at blanks."""
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as text ({error})") from None
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if line := line.strip():
             yield number, line.split("\t") if "\t" in line else line.split()
 
@@ -428,8 +425,11 @@ def read_list(path: str | Path, root: str | Path | None = None) -> Faces:
     """
     report = ReadReport(str(path), "list of images and labels")
     found = _columns(path, report)
+    if bad := next(filter(leads_out, found), None):
+        raise UserError(f"{path}, line {found[bad][1]}: {bad!r} leads out of "
+                        "its folder; names must lie below it")
     labels = [label for label, _ in found.values()]
-    numeric = all(label.lstrip("-").isdigit() for label in labels)
+    numeric = all(re.fullmatch("-?[0-9]{1,18}", label) for label in labels)
     people = sorted(set(labels), key=int if numeric else str)
     code = {label: k for k, label in enumerate(people)}
     report.people, report.images = len(people), len(found)
@@ -467,36 +467,7 @@ class FacePairs:
     groups: np.ndarray | None = None
     folds: np.ndarray | None = None
 
-# %% ../../nbs/foundations/readers_faces.ipynb #gloves
-def _plain_array(buffer, dtype, shape, order="C"):
-    return np.frombuffer(buffer, dtype).reshape(shape, order=order)
-
-
-def _latin(text="", codec="latin1"):  # how protocol 2 writes bytes
-    if codec not in ("latin1", "latin-1", b"latin1"):
-        raise pickle.UnpicklingError(f"codec {codec!r}")
-    return text.encode("latin1")
-
-
-class _Gloves(pickle.Unpickler):
-    NAMES = {
-        "_reconstruct": lambda kind, shape, code: np.ndarray((0,), np.uint8),
-        "ndarray": "ndarray",  # an argument only; cannot be called
-        "dtype": np.dtype,
-        "scalar": lambda dtype, data: np.frombuffer(data, dtype)[0],
-        "_frombuffer": _plain_array,
-    }
-
-    def find_class(self, module, name):
-        if module.split(".")[0] == "numpy" and name in self.NAMES:
-            return self.NAMES[name]
-        if (module, name) == ("_codecs", "encode"):
-            return _latin
-        if module in ("builtins", "__builtin__") and name == "bytes":
-            return _latin
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-
+# %% ../../nbs/foundations/readers_faces.ipynb #encoded
 def _encoded(item):  # an encoded image, whatever it was kept in
     if isinstance(item, str):  # a Python 2 string
         return item.encode("latin1")
@@ -513,26 +484,20 @@ def read_bin(path: str | Path) -> FacePairs:
     Raises UserError when it is missing, damaged, not such a set, or names
     anything beyond lists, bytes and NumPy arrays; nothing of it is run.
     """
-    path, data = Path(path), None
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    path = Path(path)
     for encoding in ("bytes", "latin1"):  # Python 2 wrote both kinds
         try:
-            with path.open("rb") as file:
-                data = _Gloves(file, encoding=encoding).load()
-            images, same = data
+            images, same = load_plain(path, encoding)
             store = [_encoded(item) for item in images]
             same = np.array([bool(k) for k in same])
             break
-        except pickle.UnpicklingError as error:
-            raise UserError(
-                f"{path}: refused, it is damaged or holds more than images "
-                f"and booleans ({error})"
-            ) from None
-        except Exception as error:  # pickle raises a dozen kinds
-            reason = f"{type(error).__name__}: {error}"
+        except UserError as error:
+            reason = error
+        except (TypeError, ValueError) as error:
+            reason = UserError(
+                f"{path}: not images and booleans ({str(error)[:99]})")
     else:
-        raise UserError(f"{path}: not images and booleans ({reason})")
+        raise reason
     if not len(same) or len(store) != 2 * len(same):
         raise UserError(
             f"{path}: {len(store)} images for {len(same)} pairs; expected "
@@ -548,6 +513,9 @@ def _listed(names, root, report, **more):
     """FacePairs of (a, b, same) names; labels from the folder names."""
     a, b, same = zip(*names)
     unique = sorted({*a, *b})
+    if bad := next(filter(leads_out, unique), None):
+        raise UserError(f"{report.root}: the name {bad!r:.80} leads out of "
+                        "its folder; names must lie below it")
     owner = [os.path.dirname(name) for name in unique]
     people = sorted(set(owner))
     code = {name: k for k, name in enumerate(people)}
@@ -648,25 +616,24 @@ def read_bfw(path: str | Path, root: str | Path | None = None) -> FacePairs:
             "trust it: import pandas; pandas.read_pickle('FILE.pkl')"
             ".to_csv('FILE.csv')"
         )
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = csv.reader(file)
+    rows = csv.reader(read_text(path).splitlines())
+    need = ["p1", "p2", "label", "att1", "att2", "fold"]
+    try:
         head = next(rows, [])
-        need = ["p1", "p2", "label", "att1", "att2", "fold"]
         if lacking := [name for name in need if name not in head]:
             raise UserError(f"{path}: no column {', '.join(lacking)}")
         at = [head.index(name) for name in need]
-        try:
-            table = [[row[k] for k in at] for row in rows if row]
-            p1, p2, label, att1, att2, fold = zip(*table)
-            same = [float(k) == 1 for k in label]
-            folds = np.array([int(float(k)) for k in fold])
-        except (ValueError, IndexError, csv.Error, UnicodeDecodeError):
-            raise UserError(
-                f"{path}: cut off, or a row lacks a number or column after "
-                f"line {rows.line_num - 1}"
-            ) from None
+        table = [[row[k] for k in at] for row in rows if row]
+        p1, p2, label, att1, att2, fold = zip(*table)
+        same = [float(k) == 1 for k in label]
+        folds = np.array([int(float(k)) for k in fold])
+    except UserError:
+        raise
+    except (ValueError, IndexError, OverflowError, csv.Error):
+        raise UserError(
+            f"{path}: cut off, or a row lacks a number or column after "
+            f"line {rows.line_num - 1}"
+        ) from None
     groups = np.array([a if a == b else "" for a, b in zip(att1, att2)])
     report = ReadReport(str(path), "BFW pairs")
     names = zip(p1, p2, same)

@@ -14,12 +14,14 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 
 from ..files import (
-    UserError, progress, read_image, read_json, write_image, write_json)
+    UserError, inside, progress, read_image, read_json, read_text,
+    write_image, write_json)
 from ..processes import everyone, is_main, share, wait_for_all
 from .video import open_clip, segment_indices
 from ..worlds.forgery import cut_square, face_square
@@ -88,7 +90,11 @@ class ForgeryList:
         return self
 
     def add(self, video: FaceVideo) -> None:
-        """Append a video if its frames are there; else note it as missing."""
+        """Append a video if its frames are there; else note it as missing.
+
+        Raises UserError when its name could not be that of a folder.
+        """
+        inside("faces", video.name, self.layout)
         first = (video.frames if isinstance(video.frames, Path)
                  else video.frames[0] if video.frames else Path("nowhere"))
         if first.exists():
@@ -107,24 +113,22 @@ def _stored(folder: Path, name: str):
     return images or folder / "videos" / f"{name}.mp4"
 
 
-def _beside(path: Path) -> Path | None:
-    """path with its last folder `frames` called `masks`."""
-    parts = list(path.parts)
-    if "frames" not in parts:
-        return None
-    parts[len(parts) - 1 - parts[::-1].index("frames")] = "masks"
-    return Path(*parts)
+def _mask_of(frames, root: Path, *places: Path):
+    """The masks beside frames, or the first of the places that is a file.
 
-
-def _mask_of(frames, *places: Path):
-    """The mask beside the frames (frames → masks), or the first that is.
-
-    None where no folder is called frames, or one of the masks is not there.
+    Beside: below root in a folder `masks` where that of the frames is called
+    `frames`. Where no folder is, or one mask lacks, there are none.
     """
     if isinstance(frames, tuple):
-        beside = tuple(map(_beside, frames))
-        there = beside and all(m and m.is_file() for m in beside)
-        return beside if there else None
+        beside = []
+        for frame in frames:
+            parts = list(frame.relative_to(root).parts)
+            if "frames" not in parts:
+                break
+            parts[parts.index("frames")] = "masks"
+            beside.append(root.joinpath(*parts))
+        if len(beside) == len(frames) and all(m.is_file() for m in beside):
+            return tuple(beside)
     return next((p for p in places if p.is_file()), None)
 
 
@@ -147,6 +151,8 @@ def read_faceforensics(root: str | Path, split: str,
         pairs = [(str(a), str(b)) for a, b in pairs]
     except (TypeError, ValueError):
         raise UserError(f"{at}: not a list of pairs") from None
+    for name in {x for pair in pairs for x in pair}:
+        inside(root, name, at)
     found = ForgeryList(f"FaceForensics++ {split} {compression}")
     for name in sorted({x for pair in pairs for x in pair}):
         folder = root / "original_sequences/youtube" / compression
@@ -157,7 +163,8 @@ def read_faceforensics(root: str | Path, split: str,
         for name in both:
             frames = _stored(base / compression, name)
             found.add(FaceVideo(f"{method}/{name}", method, frames, _mask_of(
-                frames, base / "masks/videos" / f"{name}.mp4")))
+                frames, base / compression,
+                base / "masks/videos" / f"{name}.mp4")))
     return found
 
 
@@ -171,7 +178,8 @@ def read_dfd(root: str | Path, compression: str = "c23") -> ForgeryList:
         for path in sorted((base / compression / "videos").glob("*.mp4")):
             frames = _stored(base / compression, path.stem)
             mask = None if method == "real" else _mask_of(
-                frames, base / "masks/videos" / path.name)
+                frames, base / compression,
+                base / "masks/videos" / path.name)
             found.add(FaceVideo(f"{method}/{path.stem}", method, frames,
                                 mask))
     return found
@@ -183,7 +191,7 @@ def read_celebdf(root: str | Path) -> ForgeryList:
     at = root / "List_of_testing_videos.txt"
     if not at.is_file():
         raise UserError(f"{at}: no such file; it comes with the data set")
-    for number, line in enumerate(at.read_text().splitlines(), 1):
+    for number, line in enumerate(read_text(at).splitlines(), 1):
         if not line.strip():
             continue
         label, _, path = line.strip().partition(" ")
@@ -191,7 +199,7 @@ def read_celebdf(root: str | Path) -> ForgeryList:
             raise UserError(f"{at}: line {number} is {line[:40]!r}, not "
                             "LABEL PATH with 1 for real")
         method = "real" if label == "1" else "Celeb-synthesis"
-        file = root / path.strip()
+        file = inside(root, path.strip(), at)
         found.add(FaceVideo(path.strip().removesuffix(".mp4"), method,
                             _stored(file.parent, file.stem) if (
                                 file.parent / "frames").is_dir() else file))
@@ -202,18 +210,18 @@ def read_dfdc_preview(root: str | Path, split: str = "test") -> ForgeryList:
     """The DFDC preview set: dataset.json with `label` and `set` of a path."""
     root, found = Path(root), ForgeryList(f"DFDC preview {split}")
     at = root / "dataset.json"
-    for path, entry in sorted(read_json(at).items()):
+    for path, entry in sorted(read_json(at, dict).items()):
+        file = inside(root, path, at)
         try:
             kind, part = entry["label"], entry["set"]
         except (TypeError, KeyError):
             raise UserError(f"{at}: {path} has no label or set") from None
         if kind not in ("real", "fake"):
-            raise UserError(f"{at}: {path} has the label {kind!r}; real or "
-                            "fake was expected")
+            raise UserError(f"{at}: {path} has the label {kind!r:.40}, "
+                            "neither real nor fake")
         if part == split:
             method = "real" if kind == "real" else path.split("/")[0]
-            found.add(FaceVideo(path.removesuffix(".mp4"), method,
-                                root / path))
+            found.add(FaceVideo(path.removesuffix(".mp4"), method, file))
     return found
 
 # %% ../../nbs/foundations/readers_forgery.ipynb #read_deepfakebench
@@ -228,12 +236,13 @@ def read_deepfakebench(path: str | Path, split: str, root=None,
     """
     path, found = Path(path), ForgeryList(f"{Path(path).name} {split}")
     root = Path(root) if root else path.parent
-    data = read_json(path)
-    if not isinstance(data, dict) or len(data) != 1:
+    data = read_json(path, dict)
+    inner = next(iter(data.values()), None)
+    if len(data) != 1 or not isinstance(inner, dict):
         raise UserError(f"{path}: one data set was expected at the top")
-    for label, splits in next(iter(data.values())).items():
-        # FF-real, DFDC_Real; "whichisreal" is the name of a forger
-        real = re.split("[-_ ]", label.lower())[-1] == "real"
+    for label, splits in inner.items():
+        # FF-real, DFDC_Real: the word alone, for forgers' names may hold it
+        real = re.split("[-_]", label.lower())[-1] == "real"
         if methods and not real and label not in methods:
             continue
         try:
@@ -241,12 +250,12 @@ def read_deepfakebench(path: str | Path, split: str, root=None,
             if compression in videos:
                 videos = videos[compression]
             for name, entry in sorted(videos.items()):
-                frames = tuple(root / f.replace("\\", "/")
+                frames = tuple(inside(root, f.replace("\\", "/"), path)
                                for f in entry["frames"])
                 method = "real" if real else label
                 found.add(FaceVideo(
                     f"{label}/{name}", method, frames,
-                    None if real else _mask_of(frames)))
+                    None if real else _mask_of(frames, root)))
         except (AttributeError, KeyError, TypeError):
             raise UserError(f"{path}: {label}, {split}: not in the form "
                             "{compression: {video: {label, frames}}}"
@@ -280,24 +289,26 @@ def read_forgeries(root: str | Path, split: str = "test",
         "or one JSON in the DeepfakeBench form")
 
 # %% ../../nbs/foundations/readers_forgery.ipynb #crop_video
-def _grey(frames: np.ndarray) -> np.ndarray:
-    return frames if frames.ndim == 3 else frames.max(3)
+def _opened(source):
+    """Image files as they are, else the film or folder, opened."""
+    return source if isinstance(source, tuple) else open_clip(source)
 
 
-def _take(source, at) -> np.ndarray:
-    if not isinstance(source, tuple):
-        return open_clip(source).read(at)
-    pictures = [read_image(source[i]) for i in at]
-    for i, x in zip(at, pictures):
-        if x.shape != pictures[0].shape:
-            raise UserError(f"{source[i]}: {x.shape[1]}×{x.shape[0]} pixels, "
-                            f"where the first has {pictures[0].shape[1]}×"
-                            f"{pictures[0].shape[0]}")
-    return np.stack(pictures)
+def _each(source, at):
+    """Pictures of a video, one at a time: of image files, or of a film."""
+    if isinstance(source, tuple):
+        return (read_image(source[i]) for i in at)
+    return source.each(at)
 
 
-def _length(source) -> int:
-    return len(source if isinstance(source, tuple) else open_clip(source))
+def _mask_at(video: "FaceVideo", mask, picture) -> np.ndarray:
+    """(H, W): the mask of a picture, in grey and of its size."""
+    mask = mask if mask.ndim == 2 else mask.max(2)
+    if mask.shape != picture.shape[:2]:
+        raise UserError(
+            f"{video.name}: a mask has {mask.shape[1]}×{mask.shape[0]} "
+            f"pixels, its picture {picture.shape[1]}×{picture.shape[0]}")
+    return mask
 
 
 def crop_video(video: FaceVideo, frames: int = 32, size: int = 256,
@@ -312,33 +323,28 @@ def crop_video(video: FaceVideo, frames: int = 32, size: int = 256,
     """
     if detect is None:
         from facebook_nb.models.recognisers import detect_faces as detect
-    n = _length(video.frames)
-    at = np.unique(segment_indices(n, frames))
+    source, masked = _opened(video.frames), video.masks is not None
+    other = _opened(video.masks) if masked else ()
+    if isinstance(other, tuple) and masked and len(other) != len(source):
+        raise UserError(f"{video.name}: {len(other)} masks for {len(source)} "
+                        "frames; add those that lack")
+    at = np.unique(segment_indices(len(source), frames))
     faces, masks = [], []
-    pictures = _take(video.frames, at)
-    truth = None
-    if video.masks is not None:
-        if (m := _length(video.masks)) != n:
-            raise UserError(f"{video.name}: {m} masks for {n} frames")
-        truth = _grey(_take(video.masks, at))
-        if truth.shape[1:] != pictures.shape[1:3]:
-            raise UserError(
-                f"{video.name}: the mask has {truth.shape[2]}×"
-                f"{truth.shape[1]} pixels, the video {pictures.shape[2]}×"
-                f"{pictures.shape[1]}")
-    for k, picture in enumerate(pictures):
+    truths = _each(other, at) if masked else repeat(None)
+    for picture, truth in zip(_each(source, at), truths):
+        truth = _mask_at(video, truth, picture) if masked else None
         found = detect(picture).points
         if not len(found):
             continue
         squares = face_square(found).tolist()
-        cut = [cut_square(truth[k], s, size) for s in squares] if (
-            truth is not None) else [np.zeros((size, size), np.uint8)]
+        cut = [cut_square(truth, s, size) for s in squares] if (
+            masked) else [np.zeros((size, size), np.uint8)]
         best = int(np.argmax([m.sum() for m in cut]))
         faces.append(cut_square(picture, squares[best], size))
         masks.append(cut[best])
     if not faces:
         raise UserError(f"{video.name}: no face found in {len(at)} frames")
-    known = truth is not None or not video.label
+    known = masked or not video.label
     return np.stack(faces), np.stack(masks) if known else None
 
 # %% ../../nbs/foundations/readers_forgery.ipynb #crop_all
@@ -352,10 +358,14 @@ def crop_all(videos: ForgeryList, out: str | Path, split: str,
     out, mine, skipped, data = Path(out), {}, [], {}
     for i in progress(share(len(videos)), label="cutting faces"):
         video = videos.videos[i]
-        folder = out / split / "frames" / video.name
         try:
-            if not folder.is_dir():
-                _write_faces(folder, *crop_video(video, frames, size, detect))
+            inside(out, video.name, videos.layout)
+            folder, place = (
+                inside(out, f"{split}/{kind}/{video.name}", videos.layout,
+                       write=True) for kind in ("frames", "masks"))
+            if not any(folder.glob("*.png")):
+                _write_faces(folder, place,
+                             *crop_video(video, frames, size, detect))
             mine[i] = [p.relative_to(out).as_posix()
                        for p in sorted(folder.glob("*.png"))]
         except Exception as error:      # a video's fault is its own
@@ -375,8 +385,8 @@ def crop_all(videos: ForgeryList, out: str | Path, split: str,
     return skipped
 
 
-def _write_faces(folder: Path, faces, masks) -> None:
-    for target, pictures in ((_beside(folder), masks), (folder, faces)):
+def _write_faces(folder: Path, place: Path, faces, masks) -> None:
+    for target, pictures in ((place, masks), (folder, faces)):
         if pictures is None:
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -385,6 +395,8 @@ def _write_faces(folder: Path, faces, masks) -> None:
             for k, picture in enumerate(pictures):
                 write_image(part / f"{k:03d}.png", picture)
             if target.is_dir():             # of a run that was stopped
+                if any(p.is_dir() for p in target.iterdir()):
+                    raise UserError(f"{target}: holds another video's faces")
                 shutil.rmtree(target)
             part.chmod(0o755)
             os.replace(part, target)
@@ -410,10 +422,11 @@ class FaceFrames:
         for k, v in enumerate(videos.videos):
             if not isinstance(v.frames, tuple):
                 raise UserError(f"{v.name}: a video; cut it with crop_all")
-            if masks and v.masks and len(v.masks) != len(v.frames):
-                raise UserError(f"{v.name}: {len(v.masks)} masks for "
-                                f"{len(v.frames)} frames; mend it, or leave "
-                                "it out")
+            if masks and v.masks and not (isinstance(v.masks, tuple) and len(
+                    v.masks) == len(v.frames)):
+                raise UserError(f"{v.name}: its masks are not those of its "
+                                f"{len(v.frames)} frames; mend them, or "
+                                "leave it out")
             at = np.unique(segment_indices(len(v.frames), frames))
             self.rows += [(v.frames[i], v.masks and v.masks[i], v.label)
                           for i in at]

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..files import IMAGE_SUFFIXES, UserError, read_image
+from ..files import (
+    IMAGE_SUFFIXES, MAX_PIXELS, MAX_SIDE, UserError, read_image, read_text)
 from .faces import Faces, read_folder, read_list
 
 # %% ../../nbs/foundations/readers_photosets.ipynb #PhotoSets
@@ -73,8 +74,10 @@ class PhotoSets:
 # %% ../../nbs/foundations/readers_photosets.ipynb #cut
 def cut(image: np.ndarray, x0: int, y0: int, w: int, h: int) -> np.ndarray:
     """The box of an image (H, W, 3), edges repeated where it reaches out."""
-    if w < 1 or h < 1:
-        raise UserError(f"box ({x0}, {y0}, {w}, {h}): it is empty")
+    if not (1 <= w <= MAX_SIDE and 1 <= h <= MAX_SIDE and
+            max(abs(x0), abs(y0)) <= MAX_SIDE and w * h <= MAX_PIXELS):
+        raise UserError(f"box ({x0}, {y0}, {w}, {h}): it is empty, or no "
+                        "box of a picture")
     rows = np.arange(y0, y0 + h).clip(0, image.shape[0] - 1)
     columns = np.arange(x0, x0 + w).clip(0, image.shape[1] - 1)
     return image[rows][:, columns]
@@ -105,7 +108,7 @@ def folder_sets(root: str | Path, n: int, size: int = 128) -> PhotoSets:
 def _rows(path: Path, columns: int) -> dict[str, list[int]]:
     """FILE and whole numbers on each line; other lines are refused."""
     found = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         parts = line.split()
         if not parts:
             continue
