@@ -235,9 +235,10 @@ def _plan(rng, T: int, shortest: int, longest: int, inset: float = 0,
             rest = first, first + int(rng.integers(3, 7))
             clock[slice(*rest)] = 0
             pauses.append((t + rest[0], t + rest[1]))
-        grow = np.minimum(1, np.arange(n) / max(4, min(12, n / 3))
+        moved = np.cumsum(clock)
+        grow = np.minimum(1, (moved - 1) / max(4, min(12, n / 3))
                           ) if slow else np.ones(n)
-        phase = 2 * np.pi * np.cumsum(clock) / _PERIOD[k]
+        phase = 2 * np.pi * moved / _PERIOD[k]
         swing = 3.0 * grow * np.sin(phase)
         way = np.array([np.cos(_ANGLE[k]), np.sin(_ANGLE[k])])
         place[t : t + n] += swing[:, None] * way
