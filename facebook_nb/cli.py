@@ -168,7 +168,7 @@ def on_all_cores(function, jobs: Mapping[str, tuple], say=print) -> dict:
 
     spawn = multiprocessing.get_context("spawn")
     worker = lambda: ProcessPoolExecutor(
-        1, spawn, initializer=end_with_parent)
+        1, spawn, initializer=end_with_parent, initargs=(os.getpid(),))
     outcomes, free = {}, SimpleQueue()
 
     def by_one(name, job):          # so that one that dies ends its own job
