@@ -135,14 +135,14 @@ def two_sweeps(count: int, seed: int, split: str = "train", size: int = 32,
 
 
 def _draw(rng, ground, colours, resting, mover, kinds, front, offsets, size,
-          large=None, resting_large=None):
+          large=np.ones((24, 1)), resting_large=None):  # noqa: B008
     """(24, size, size, 3) uint8. kinds: which object moves, 0 P or 1 Q.
 
     large: (24, 1), how large the mover is; resting_large: (2, clutter).
     """
     margin, scale = (len(ground) - size) // 2, size / 32
-    if large is None:
-        large, resting_large = np.ones((24, 1)), np.ones(resting.shape[:2])
+    if resting_large is None:
+        resting_large = np.ones(resting.shape[:2])
     image = np.repeat(ground.transpose(2, 0, 1)[None], 24, 0)
     image = image.astype(np.float32)                        # (24, 3, S, S)
     for k in (1 - front, front):            # one kind covers the other
