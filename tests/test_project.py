@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from facebook_nb.cli import CHAPTERS, has_code, is_written
+from facebook_nb.cli import CHAPTERS, has_code
 from facebook_nb.digests import source_digest
 from facebook_nb.experiment import read_ledger, step_is_current
 from tests.conftest import ROOT
