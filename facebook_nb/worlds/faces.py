@@ -1975,7 +1975,7 @@ def expose(light: Tensor, people: People, photos: Photos) -> Tensor:
     lamp = (photos.key * facing).sum(1).clamp(min=0.2)
     lamp = lamp * photos.key_colour.mean(1)
     sky = harmonics(facing) @ photos.ambient.mean(2, keepdim=True)
-    gain = 0.68 * 2**photos.exposure / ((lamp + sky[:, 0, 0]) * skin**0.62)
+    gain = 0.63 * 2**photos.exposure / ((lamp + sky[:, 0, 0]) * skin**0.62)
     return light * gain[:, None, None, None]
 
 
@@ -2307,7 +2307,7 @@ def _paint(people, photos, fr, att, g, px, d) -> Maps:
     n = _unit(n + s.eye * (ball - n), 0)
     s.shine = s.shine * (1 - s.eye) + 0.14 * s.eye
     s.gloss = s.gloss * (1 - s.eye) + s.eye * 0.9
-    s.open = s.open * (1 - 0.35 * s.eye)
+    s.open = s.open * (1 - 0.15 * s.eye)
 
     def lay(value, empty):
         out = value.new_full((value.shape[0], b * h * w), empty)
