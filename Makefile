@@ -1,9 +1,9 @@
-# make book · make test · make reproduce · make lab: each sets up .venv by itself, once
+# make book · make test · make reproduce · make check-numbers · make lab: each sets up .venv by itself, once
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready-$(shell cat settings.ini constraints.txt setup.py pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: book test reproduce lab clean
+.PHONY: book test reproduce check-numbers lab clean
 .DELETE_ON_ERROR:
 
 book: $(READY)
@@ -18,6 +18,9 @@ test: $(READY)
 reproduce: $(READY)
 	$(BIN)/facebook-nb reproduce
 	$(BIN)/facebook-nb book
+
+check-numbers: $(READY)
+	$(BIN)/facebook-nb reproduce --one-seed
 
 lab: $(READY)
 	$(BIN)/jupyter lab nbs/chapters

@@ -3,6 +3,7 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 config = ConfigParser(delimiters=["="])
 config.read("settings.ini")
@@ -10,7 +11,22 @@ cfg = config["DEFAULT"]
 extras = {key.removesuffix("_requirements"): value.split()
           for key, value in cfg.items() if key.endswith("_requirements")}
 
+
+
+class BuildWithLedger(build_py):
+    """Puts the ledger beside the modules, so that `facebook-nb results` works without the repository."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "facebook_nb" / "results"
+            target.mkdir(parents=True, exist_ok=True)
+            for path in Path("nbs/results").glob("*.json"):
+                self.copy_file(str(path), str(target / path.name))
+
+
 setup(
+    cmdclass={"build_py": BuildWithLedger},
     name=cfg["lib_name"], version=cfg["version"], author=cfg["author"], description=cfg["description"],
     long_description=Path("README.md").read_text(), long_description_content_type="text/markdown",
     license="Apache-2.0", python_requires=f">={cfg['min_python']}", packages=find_packages(include=["facebook_nb*"]),

@@ -12,6 +12,8 @@ from docutils import nodes
 from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
 
+from facebook_nb.experiment import Claim
+
 DIRECTIVE = re.compile(r"\s*#\s*\|")
 FOLD = 30           # a longer cell folds by itself
 # a hyphen that begins a number, or stands alone between two names
@@ -59,7 +61,7 @@ class Ledger(Directive):
     """What was measured, chapter by chapter, from the ledger.
 
     Content, a mapping in YAML: the chapters in order, each with what its paper reports (`paper`), the cell whose figure
-    stands for it (`figure`) and, where the claim does not hold, the reason as far as it is known (`why`).
+    stands for it (`figure`) and, where it helps, the reason as far as it is known (`why`).
     """
 
     has_content = True
@@ -74,9 +76,8 @@ class Ledger(Directive):
                 found.append((chapter, about, json.loads(path.read_text())))
         if not found:
             return [nodes.paragraph(text="No run has been recorded yet.")]
-        head = ("Chapter", "Claim holds", "Effect measured", "Seeds", "Cost")
-        rows = [(chapter, "yes" if e["claim"]["holds"] else "no", e["claim"]["effect"], str(len(e["seeds"])),
-                 f"{e['seconds'] / 60:.1f} min") for chapter, _, e in found]
+        head = ("Chapter", "Verdict", "What came out", "Cost")
+        rows = [(chapter, *verdict(e), f"{e['seconds'] / 60:.0f} min") for chapter, _, e in found]
         return [_table(head, rows), *(self.section(root, *entry) for entry in found)]
 
     def section(self, root, chapter, about, entry):
@@ -86,13 +87,22 @@ class Ledger(Directive):
         section = nodes.section(ids=[f"result-{chapter}"], names=[f"result-{chapter}"])
         section += nodes.title(text=name)
         claim = entry["claim"]
-        lines = {"Claim": claim["text"][0].upper() + claim["text"][1:], "Measured here": claim["effect"],
-                 "Holds": "yes" if claim["holds"] else f"no. {about.get('why', '')}".strip(),
-                 "The paper": about["paper"]}
+        verdicts = [(claim["text"], Claim.of(claim))] + [(f["text"], Claim.of(f)) for f in entry["findings"]]
+        lines = {}
+        for number, (text, result) in enumerate(verdicts):
+            lines["Finding" + f" {number}" * (len(verdicts) > 2) if number else "Claim"] = (
+                f"{text[0].upper()}{text[1:]}. {str(result)[0].upper()}{str(result)[1:]}.")
+        for check in entry["mechanism"]:
+            lines.setdefault("Mechanism", "")
+            lines["Mechanism"] += (f"{check['text']}: {check['value']} "
+                                   f"({'holds' if check['holds'] else 'does not hold'}). ")
+        lines |= {"Why": about["why"]} if about.get("why") else {}
+        lines |= {"Due": f"To be recorded anew: {entry['due']}."} if "due" in entry else {}
+        lines["The paper"] = about["paper"]
         fields = nodes.definition_list()
         for term, text in lines.items():
             item, body = nodes.definition_list_item(), nodes.definition()
-            body += self.parse(text) if term in ("The paper", "Holds") else nodes.paragraph(text=text)
+            body += self.parse(text) if term in ("The paper", "Why") else nodes.paragraph(text=text)
             item += [nodes.term(text=term), body]
             fields += item
         section += fields
@@ -109,6 +119,24 @@ class Ledger(Directive):
         box = nodes.Element()
         self.state.nested_parse(StringList([text]), 0, box)
         return box.children
+
+
+def verdict(entry):
+    """(verdict, effect with interval and seeds) of a ledger entry, for a table."""
+    word, _, rest = str(Claim.of(entry["claim"])).partition(": ")
+    return word + " (to be recorded anew)" * ("due" in entry), rest
+
+
+def banner(app, doctree):
+    """A chapter whose experiment is not yet recorded with the present code says so under its title."""
+    chapter = re.fullmatch(r"nbs/chapters/(\w+)", app.env.docname)
+    path = Path(app.srcdir) / "nbs" / "results" / f"{chapter[1]}.json" if chapter else None
+    if path and path.exists() and "due" in (entry := json.loads(path.read_text())):
+        app.env.note_dependency(str(path))
+        text = (f"The outputs on this page are to be recorded anew: {entry['due']}. Numbers and figures are of the "
+                "earlier run; text and code are of today.")
+        title = next(doctree.findall(nodes.title))
+        title.parent.insert(title.parent.index(title) + 1, nodes.note("", nodes.paragraph(text=text)))
 
 
 def picture(root, notebook, chapter, name):
@@ -150,7 +178,7 @@ class Gallery(Directive):
 
 
 class Claims(Directive):
-    """The ten chapters in the order of the book: title, the claim tested, whether it holds, what was measured."""
+    """The ten chapters in the order of the book: title, the claim tested, the verdict, what was measured."""
 
     def run(self):
         env = self.state.document.settings.env
@@ -160,13 +188,13 @@ class Claims(Directive):
             path = root / "nbs" / "results" / f"{chapter}.json"
             env.note_dependency(str(path))
             if path.exists():
-                claim = json.loads(path.read_text())["claim"]
-                text = claim["text"][0].upper() + claim["text"][1:]
-                found = ("yes" if claim["holds"] else "no"), claim["effect"]
+                entry = json.loads(path.read_text())
+                text = entry["claim"]["text"][0].upper() + entry["claim"]["text"][1:]
+                found = verdict(entry)
             else:
                 text, *found = "Not written yet: the method, without the experiment.", "", ""
             rows.append((f"{{doc}}`chapters/{chapter}`", text, *found))
-        table = _table(("Chapter", "Claim tested", "Holds", "Measured"), rows, self.state)
+        table = _table(("Chapter", "Claim tested", "Verdict", "What came out"), rows, self.state)
         table["classes"].append("claims")
         return [table]
 
@@ -241,6 +269,7 @@ def setup(app):
     app.add_directive("gallery", Gallery)
     app.add_directive("api", Api)
     app.connect("doctree-read", tidy_cells)
+    app.connect("doctree-read", banner)
     app.connect("doctree-resolved", set_numbers)
     app.connect("build-finished", local_mathjax)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -10,11 +10,13 @@ __all__ = ['LIMIT', 'MEETING', 'PARENT', 'accelerator', 'join', 'rank', 'count',
 import atexit
 import faulthandler
 import os
+import pickle
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 
-from .files import UserError
+from .files import UserError, plumbing
 
 # %% ../nbs/foundations/processes.ipynb #join
 LIMIT = timedelta(hours=24)     # of waiting for the others
@@ -32,6 +34,7 @@ def accelerator() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
+@plumbing
 def join(device=None) -> None:
     """Join the processes of this run; with one process, nothing happens.
 
@@ -47,6 +50,8 @@ def join(device=None) -> None:
 
     if dist.is_initialized():
         return
+    if "TORCHELASTIC_RUN_ID" in os.environ:     # both launchers set it
+        end_with_parent()
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise UserError(f"WORLD_SIZE={several}, but no {name}; start "
@@ -67,6 +72,7 @@ def join(device=None) -> None:
     atexit.register(_leave)
 
 
+@plumbing
 def _leave() -> None:
     """Without it gloo's threads may abort a process that has ended well."""
     group = _group()
@@ -96,11 +102,13 @@ def count() -> int:
             else int(os.environ.get("WORLD_SIZE", "1")))
 
 
+@plumbing
 def is_main() -> bool:
     """Whether this is the first of the processes of a run: it writes."""
     return rank() == 0
 
 # %% ../nbs/foundations/processes.ipynb #wait_for_all
+@plumbing
 def wait_for_all() -> None:
     """Wait until every process of a run has come here."""
     if count() > 1:
@@ -108,15 +116,43 @@ def wait_for_all() -> None:
         _group().barrier()
 
 
+def _spread(array, source: int) -> None:
+    """Fill a contiguous array of bytes from that of process `source`."""
+    import torch
+
+    size = 2**30            # longer ones overflow some backends
+    for at in range(0, len(array), size):
+        _group().broadcast(torch.from_numpy(array[at:at + size]), source)
+
+
+@plumbing
 def first(thing):
-    """What process 0 has, any picklable thing, given to all."""
-    things = [thing]
-    if count() > 1:
-        join()
-        _group().broadcast_object_list(things, 0)
-    return things[0]
+    """What process 0 has, any picklable thing, given to all.
+
+    Arrays in it travel as they lie in memory, without a pickled copy.
+    """
+    if count() == 1:
+        return thing
+    import numpy as np
+
+    join()
+    parts = []
+    text = pickle.dumps(thing, 5, buffer_callback=parts.append) if (
+        is_main()) else b""
+    parts = [np.frombuffer(part.raw(), np.uint8) for part in parts]
+    letter = [(text, [len(part) for part in parts])]
+    _group().broadcast_object_list(letter, 0)
+    text, lengths = letter[0]
+    if not is_main():
+        parts = [np.empty(length, np.uint8) for length in lengths]
+    with warnings.catch_warnings():     # of arrays that only can be read
+        warnings.filterwarnings("ignore", "The given NumPy array is not wr")
+        for part in parts:
+            _spread(part, 0)
+    return thing if is_main() else pickle.loads(text, buffers=parts)
 
 
+@plumbing
 def everyone(thing) -> list:
     """What each process has, any picklable things, in their order."""
     things = [thing] * count()
@@ -126,6 +162,7 @@ def everyone(thing) -> list:
     return things
 
 
+@plumbing
 def ask_first(function: Callable, *args):
     """`function(*args)` in process 0; all get its result, or its error."""
     if count() == 1:
@@ -148,6 +185,7 @@ def share(n: int) -> range:
     return range(n * rank() // count(), n * (rank() + 1) // count())
 
 
+@plumbing
 def gather_rows(rows):
     """The rows of all processes as one array, in the order of the ranks.
 
@@ -170,24 +208,29 @@ def gather_rows(rows):
     whole = np.empty((ends[-1], *mine.shape[1:]), mine.dtype)
     whole[ends[rank()]:ends[rank() + 1]] = mine
     for source, (start, end) in enumerate(zip(ends, ends[1:])):
-        # pieces of 1 GB at most: longer ones overflow some backends
-        size = max(1, 2**30 // max(1, mine[:1].nbytes))
-        for at in range(start, end, size):
-            part = whole[at:min(at + size, end)].reshape(-1).view(np.uint8)
-            if len(part):
-                _group().broadcast(torch.from_numpy(part), source)
+        if end > start and whole.size:
+            _spread(whole[start:end].reshape(-1).view(np.uint8), source)
     return torch.from_numpy(whole).to(rows.device) if tensor else whole
 
 # %% ../nbs/foundations/processes.ipynb #end_with_parent
-def end_with_parent(*_) -> None:
+PARENT = "FACEBOOK_NB_PARENT"   # number of the process that starts another
+_watching = 0                   # the process that did so already
+
+
+@plumbing
+def end_with_parent(parent: int | None = None) -> None:
     """From now on this process ends when the one that started it does.
 
-    Takes and ignores arguments, to be a `worker_init_fn` or `initializer`.
+    parent: number of that process, which may have ended already.
     """
     from threading import Thread
     from time import sleep
 
-    parent = int(os.environ.pop(PARENT, 0)) or os.getppid()
+    global _watching
+    if _watching == os.getpid():        # a forked child is another one
+        return
+    _watching = os.getpid()
+    parent = parent or int(os.environ.pop(PARENT, 0)) or os.getppid()
     if sys.platform == "linux":
         import ctypes
         import signal
@@ -201,10 +244,8 @@ def end_with_parent(*_) -> None:
 
     Thread(target=watch, name="end_with_parent", daemon=True).start()
 
-
-PARENT = "FACEBOOK_NB_PARENT"   # number of the process that starts another
-
 # %% ../nbs/foundations/processes.ipynb #launch
+@plumbing
 def launch(copies: int, *arguments: str) -> int:
     """Run `python ARGUMENTS` in several processes here; the exit status.
 
@@ -215,16 +256,18 @@ def launch(copies: int, *arguments: str) -> int:
 
     command = [sys.executable, "-m", "facebook_nb.processes", "--standalone",
                "--nproc_per_node", str(copies), *arguments]
-    launcher = subprocess.Popen(
-        command, env={**os.environ, PARENT: str(os.getpid())})
+    launcher = subprocess.Popen(        # Ctrl-C reaches this process alone
+        command, env={**os.environ, PARENT: str(os.getpid())},
+        start_new_session=True)
     try:
         return launcher.wait()
     finally:
-        if launcher.poll() is None:         # Ctrl-C, or a failure of ours
-            launcher.terminate()
+        if launcher.poll() is None:
+            launcher.kill()
             launcher.wait()
 
 
+@plumbing
 def main() -> None:
     """torchrun, but it ends with the command that started it.
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from facebook_nb.cli import CHAPTERS, _keep, execute_all, store
+from facebook_nb.cli import CHAPTERS, TAKES, _cell, _keep, execute_all, plan_of, store
+from facebook_nb.experiment import own_folder
 from facebook_nb.files import UserError, read_json, write_json
 from tests.conftest import ROOT
 
@@ -40,6 +41,8 @@ def test_list_names_ten_chapters():
     (["run", "sdd_fiqa", "--preset", "smoke", "--set", "n_seeds"], ["FIELD=VALUE"]),
     (["run", "sdd_fiqa", "--preset", "smoke", "--set", "n_seeds=many"], ["n_seeds='many'"]),
     (["apply", "sdd_fiqa", "x.png", "--weights", "none.safetensors"], ["none.safetensors"]),
+    (["apply", "sdd_fika", "x.png"], ["no chapter 'sdd_fika'", "sdd_fiqa"]),
+    (["data", "check", "sdd_fiqa"], ["--data-root"]),
     (["data", "check", "sdd_fiqa", "--data-root", "nowhere"], ["nowhere", "no such folder"]),
     (["reproduce", "chapter"], ["no notebook 'chapter'"])])
 def test_a_users_mistake_is_one_line_and_exit_code_2(args, words, tmp_path):
@@ -152,6 +155,81 @@ def test_text_edited_during_a_run_is_kept_and_changed_code_is_not_stored(small_b
     before = path.read_bytes()
     assert "changed while it ran" in _keep(path, small_book.root, accept=True)[0]
     assert path.read_bytes() == before
+
+
+def test_each_chapter_says_what_apply_takes():
+    assert list(TAKES) == list(CHAPTERS)
+    done = cli("apply", "lap", "--help")
+    assert done.returncode == 0 and "Photos of one person" in " ".join(done.stdout.split())
+    assert cli("--version").stdout.startswith("facebook-nb ")
+
+
+def test_cells_of_results_are_rounded_and_never_cut():
+    assert _cell(0.123456) == "0.123" and _cell(None) == "" and _cell("x" * 99) == "x" * 99
+    assert _cell({"a": 0.1, "b": 0.7, "c": 0.15, "d": 0.05}) == "b 0.7, c 0.15, a 0.1, 1 more"
+    assert _cell([{"start": 1.0}, 2, 3, 4]) == "start 1; 2; 3, 1 more"
+
+
+def test_a_dead_kernel_is_an_outcome_and_the_others_are_kept(small_book, tmp_path):
+    dead = small_book(PARAMETERS, "import os\nos._exit(137)")
+    other = tmp_path / "fine.ipynb"
+    other.write_text(dead.read_text().replace("os._exit(137)", "1 + 1"))
+    place = tmp_path / "a{b}"
+    outcomes = execute_all([(dead, place / "dead.ipynb", {}), (other, place / "fine.ipynb", {})], say=lambda line: None)
+    assert "the kernel died" in outcomes[0].error and not outcomes[1].error
+
+
+def test_a_second_command_changes_nothing(small_book, tmp_path):
+    small_book(PARAMETERS)
+    code = ("import sys, time\nfrom facebook_nb.experiment import own_folder\n"
+            "own_folder(sys.argv[1])\nprint(flush=True)\ntime.sleep(60)")
+    owner = subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE)
+    owner.stdout.readline()
+    before = sorted(p.name for p in (tmp_path / "run").iterdir())
+    try:
+        for args in (["run", "sdd_fiqa", "--preset", "smoke"], ["apply", "sdd_fiqa", "x.png"]):
+            done = cli(*args, "--out-dir", tmp_path / "run", cwd=small_book.root)
+            fails(done, 2, "another command is at work here")
+            assert len(done.stderr.strip().splitlines()) == 1
+        with pytest.raises(UserError, match="another command"):
+            own_folder(tmp_path / "run")
+    finally:
+        owner.kill()
+        owner.wait()
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == before
+    own_folder(tmp_path / "run")        # a dead owner owns nothing
+
+
+TOY = """
+from facebook_nb.cli import _overrides
+from facebook_nb.experiment import Report, RunFolder, Settings, decide
+
+config = Settings.preset("book", out_dir=out_dir)
+folder = RunFolder(config)
+xs = [float(folder.step(f"seed{s}", _overrides, [f"x={2 * s}"])["x"]) for s in config.seeds]
+Report("sdd_fiqa", "book", config.seeds, {"a": {"x": xs}}, decide("a", xs), 1.0).save(folder)
+"""
+
+
+def test_a_change_of_a_figure_costs_no_step(small_book):
+    root, again = small_book.root, []
+    for figure in ("'one'", "'two'"):
+        path = small_book(PARAMETERS, TOY, figure)
+        plan = plan_of(path, root)
+        assert not plan.current
+        folder = root / "runs" / "book" / "sdd_fiqa"
+        done = cli("reproduce", "sdd_fiqa", cwd=root)
+        assert done.returncode == 0, done.stdout + done.stderr
+        again.append({p.name: p.stat().st_mtime_ns for p in folder.glob("steps/*.npz")})
+        kept = read_json(path)["cells"][-1]["outputs"][0]["data"]["text/plain"]
+        assert "".join(kept) == figure
+        assert "nothing to do" in cli("reproduce", "sdd_fiqa", "--dry-run", cwd=root).stdout
+    assert len(again[0]) == 3 and again[0] == again[1]
+    small_book(PARAMETERS, TOY.replace("2 * s", "9 * s"), "'two'")
+    done = cli("reproduce", "sdd_fiqa", cwd=root)
+    assert done.returncode == 1 and "not stored; look why" in done.stdout
+    assert all(t != again[0][name] for name, t in {
+        p.name: p.stat().st_mtime_ns for p in folder.glob("steps/*.npz")}.items() if name != "seed0.npz")
 
 
 def test_results_are_json_too():

@@ -1,14 +1,17 @@
 """The training loop: the same result in pieces, in processes, and after being killed."""
 import contextlib
+import json
 import math
 import multiprocessing
 import os
 import random
 import signal
+import shutil
 import socket
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from facebook_nb.files import UserError, read_weights
+from facebook_nb import training
+from facebook_nb.files import UserError, read_weights, write_weights
 from facebook_nb.training import (
     Batches,
     Recipe,
@@ -439,19 +443,62 @@ def test_a_finished_run_is_only_read(calm, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.*")} == files
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
-def test_a_damaged_checkpoint_is_passed_over(calm, tmp_path, damage):
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The folder of a run that was stopped after step 22, with checkpoints of 15 and 20."""
+    folder = tmp_path_factory.mktemp("stopped")
     with contextlib.suppress(child.Stop):
         args, more = child.gan(stop=22)
-        fit(*args, folder=tmp_path, device="cpu", **more)
+        fit(*args, folder=folder, device="cpu", **more)
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "header", "lacking", "foreign", "renamed"])
+def test_a_damaged_checkpoint_is_passed_over(calm, stopped, tmp_path, damage):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
     newest = tmp_path / "checkpoints/step-000020.safetensors"
     data = bytearray(newest.read_bytes())
-    data[-100] ^= 1
-    newest.write_bytes({"flip": data, "cut": data[:len(data) // 2], "empty": b""}[damage])
+    if damage == "lacking":             # under a digest that is right
+        write_weights(newest, {k: v for k, v in read_weights(newest).items() if not k.endswith("bias")})
+    elif damage == "foreign":
+        write_weights(newest, {"a": torch.ones(2)})
+    elif damage == "renamed":           # the state of step 15 must not pass for that of step 20
+        shutil.copy(tmp_path / "checkpoints/step-000015.safetensors", newest)
+    else:
+        data[-100] ^= 1
+        newest.write_bytes({"flip": data, "cut": data[:len(data) // 2], "empty": b"",
+                            "header": data[:8] + b"{" * 300 + data[308:]}[damage])
     (model, *rest), more = child.gan()
     with pytest.warns(UserWarning, match=r"step-000020\.safetensors.*going on from the checkpoint before"):
         fit(model, *rest, folder=tmp_path, device="cpu", **more)
     same(model, calm[0])
+
+
+def test_what_others_put_beside_the_checkpoints(calm, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)
+    place = tmp_path / "checkpoints"
+    strays = {place / f"step-000010{end}.safetensors" for end in (" (1)", ".sync-conflict")}
+    for stray in strays:                # a browser's copy, and a file service's
+        shutil.copy(place / "step-000015.safetensors", stray)
+    write_weights(place / "step-000099.safetensors", {"a": torch.ones(2)})
+    args, more = child.gan(keep=1)
+    with pytest.warns(UserWarning, match=r"step-000099\.safetensors: not a checkpoint"):
+        fit(*args, folder=tmp_path, device="cpu", **more)
+    same(args[0], calm[0])
+    assert set(place.iterdir()) == strays | {place / "step-000030.safetensors", place / "step-000099.safetensors"}
+
+
+def test_another_network_is_another_run(tmp_path):
+    model, *rest = child.plain(steps=2)
+    fit(model, *rest, folder=tmp_path, device="cpu")
+    model, loss, data, _, recipe = child.plain(steps=2)
+    model[2] = nn.Linear(16, 1, bias=False).double()
+    with pytest.raises(UserError, match=r"parameters=4, not 3; take"):
+        fit(model, loss, data, torch.optim.Adam(model.parameters(), 1e-2), recipe, folder=tmp_path, device="cpu")
+    model, loss, data, _, recipe = child.plain(steps=2)
+    model[2] = nn.Linear(16, 2).double()
+    with pytest.raises(UserError, match=r"another network, model/2.weight is \(1, 16\), not \(2, 16\)"):
+        fit(model, loss, data, torch.optim.Adam(model.parameters(), 1e-2), recipe, folder=tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize("field, changes", [
@@ -485,16 +532,32 @@ def test_what_may_change_on_the_way(tmp_path):
     assert [e["step"] for e in history.evaluations] == [8, 16, 30]
 
 
-def test_scalars_for_tensorboard(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+def test_scalars_in_a_file(tmp_path):
+    log, names = tmp_path / "logs/scalars.jsonl", ("critic/loss", "critic/right", "painter/loss", "rate")
+    with contextlib.suppress(child.Stop):
+        args, more = child.gan(stop=23)
+        fit(*args, folder=tmp_path, device="cpu", **more)
+    with log.open("a") as file:
+        file.write('{"step": 28, "rate')        # a line that was cut off
     args, more = child.gan()
     history = fit(*args, folder=tmp_path, device="cpu", **more)
-    log = EventAccumulator(str(tmp_path / "logs")).Reload()
-    assert set(log.Tags()["scalars"]) == {"critic/loss", "critic/right", "painter/loss", "rate", "mean"}
-    losses = log.Scalars("critic/loss")
-    assert [e.step for e in losses] == [7, 14, 21, 28, 30]
-    assert losses[1].value == pytest.approx(np.mean(history.losses["critic/loss"][7:14]))
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    losses = [line for line in lines if "rate" in line]
+    assert [line["step"] for line in losses] == [7, 14, 21, 28, 30] and all(n in line for n in names for line in losses)
+    assert losses[1]["critic/loss"] == pytest.approx(np.mean(history.losses["critic/loss"][7:14]))
+    assert [(line["step"], line["mean"]) for line in lines if "mean" in line] == [
+        (e["step"], e["mean"]) for e in history.evaluations]
+
+
+def test_scalars_for_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
+    seen = []
+    writer = type("Writer", (), {"__init__": lambda self, *a, **k: seen.append(k), "close": lambda self: None,
+                                 "add_scalar": lambda self, *scalar: seen.append(scalar)})
+    monkeypatch.setattr(training, "find_spec", lambda name: name == "tensorboard")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=writer))
+    fit(*child.plain(log_every=6), folder=tmp_path, device="cpu")
+    assert [s if isinstance(s, dict) else (s[0], s[2]) for s in seen] == [
+        {"purge_step": 0}, ("loss", 6), ("rate", 6), ("loss", 12), ("rate", 12)]
 
 
 # --- killed ---
@@ -503,9 +566,14 @@ def test_scalars_for_tensorboard(tmp_path):
 def server():
     """Children forked from a process that has imported torch, but never used it: a start costs 0.1 s, not 3."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "accelerate", "facebook_nb.training", "tensorboard",
-                                    "torch.utils.tensorboard"])
+    context.set_forkserver_preload(["torch.distributed", "facebook_nb.training"])
     return context
+
+
+def age(folder):
+    """Remnants of a killed process go when they are an hour old: a younger one may have a living writer."""
+    for remnant in folder.glob("checkpoints/.*"):
+        os.utime(remnant, (time.time() - 4000,) * 2)
 
 
 BIG = {"width": 400, "steps": 50, "checkpoint_every": 1, "log_every": 40, "evaluate_every": 20}
@@ -529,8 +597,8 @@ def test_sigkill_at_any_moment(server, tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         remnants += len(list(folder.glob("checkpoints/.*.part")))
-    steps = [int(p.stem[5:]) for p in folder.glob("checkpoints/step-*")]
-    assert steps
+    assert list(folder.glob("checkpoints/step-*"))
+    age(folder)
     other, more = child.gan(**BIG)
     fit(*other, folder=folder, device="cpu", **more)
     same(other[0], args[0])
@@ -538,12 +606,17 @@ def test_sigkill_at_any_moment(server, tmp_path):
 
 
 def test_killed_while_a_checkpoint_is_written(server, calm, tmp_path):
-    process = server.Process(target=child.train_gan, args=(tmp_path,), kwargs={"die_at_rename": 3})
+    process = server.Process(target=child.train_gan, args=(tmp_path,), kwargs={"die_at_rename": 4})
     process.start()
     process.join(30)
     assert process.exitcode == -signal.SIGKILL
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert names[1:] == ["step-000005.safetensors", "step-000010.safetensors"] and names[0].endswith(".part")
+    args, more = child.gan(stop=17)
+    with pytest.raises(child.Stop):
+        fit(*args, folder=tmp_path, device="cpu", **more)
+    assert (tmp_path / "checkpoints" / names[0]).exists(), "its writer might be alive"
+    age(tmp_path)
     args, more = child.gan()
     fit(*args, folder=tmp_path, device="cpu", **more)
     same(args[0], calm[0])
@@ -627,6 +700,15 @@ def test_processes_stop_and_resume_together(pair):
     first, second = pair[0]("gan")
     same(first, second)                 # buffers and averages, too
     assert all("step 3: the loss is nan" in (pair[1] / f"error-{r}.txt").read_text() for r in (0, 1))
+
+
+def test_a_shard_that_is_lost(pair):
+    """All go on from the checkpoint before; and with another number of processes, nothing is begun anew."""
+    for lost, whole in zip(pair[0]("sharded lost"), pair[0]("sharded")):
+        same(lost, whole)
+    args, more = child.sharded(steps=10)
+    with pytest.raises(UserError, match="holds a run with processes=2, not 1; take its setting or another folder"):
+        fit(*args, folder=pair[1] / "shared/sharded", device="cpu", **more)
 
 
 def test_a_head_sharded_by_class_equals_a_whole_one(pair):

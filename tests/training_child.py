@@ -5,6 +5,7 @@ As a script (accelerate launch, torchrun) it trains the plain problem and saves 
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -172,7 +173,7 @@ def member(rank, ranks, port, out):
         keep("dice", model, fit(model, lambda *a: {"loss": loss(*a), "draw": torch.rand(())}, *more, device="cpu"))
         args = lopsided(rank, ranks)
         keep("lopsided", args[0], fit(*args, device="cpu"))
-        for name, build in {"sharded": lambda **k: sharded(rank, ranks, **k), "gan": gan}.items():
+        for name, build in {"gan": gan, "sharded": lambda **k: sharded(rank, ranks, **k)}.items():
             args, more = build()
             keep(name, args[0], fit(*args, device="cpu", **more))
             folder = out / "shared" / name if rank == 0 else out / f"empty{rank}" / name    # no shared disk
@@ -183,7 +184,16 @@ def member(rank, ranks, port, out):
                 pass
             args, more = build()
             keep(f"{name} resumed", args[0], fit(*args, device="cpu", folder=folder, **more))
-            assert rank == 0 or not list(folder.glob("*/*")), "only process 0 writes"
+            own = [p.name for p in sorted(folder.glob("*/*"))]
+            assert rank == 0 or own == ([] if name == "gan" else [
+                f"step-{step:06d}.rank-1.safetensors" for step in (8, 10)]), "only process 0 writes, but for shards"
+        (folder / "checkpoints/step-000010.rank-1.safetensors").unlink(missing_ok=True)
+        args, more = sharded(rank, ranks)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            keep("sharded lost", args[0], fit(*args, device="cpu", folder=folder, **more))
+        said = [str(w.message) for w in said if "checkpoint" in str(w.message)]
+        assert len(said) == 1 - rank and all("step-000010.rank-1.safetensors: no such" in text for text in said), said
         args = plain(steps=5)
         loss = args[1]
         try:                            # NaN in one process stops both
