@@ -205,8 +205,17 @@ def read_json(path: str | Path, kind: type = object):
 # %% ../nbs/foundations/files.ipynb #inside
 @plumbing
 def leads_out(name: str) -> bool:
-    """Whether a name is absolute, climbs with `..`, or is none."""
+    """Whether a name is absolute, climbs with `..`, or is none.
+
+    None: empty, no text, with a zero in it, or longer than a name can be.
+    """
+    try:
+        raw = os.fsencode(name)
+    except UnicodeEncodeError:
+        return True
     return (not name or name[0] in "/\\" or "\0" in name
+            or len(raw) > 1000
+            or len(raw) > 240 and max(map(len, raw.split(b"/"))) > 240
             or name[1:2] == ":"         # C:, a drive
             or ".." in name and ".." in re.split(r"[/\\]", name))
 
@@ -223,7 +232,7 @@ def inside(root: str | Path, name: str, where: object = "",
     if not path or leads_out(name) or write and not (
             path.resolve().is_relative_to(Path(root).resolve())):
         raise UserError(f"{where or root}: the name {name!r:.80} leads out "
-                        f"of its folder; names must lie below {root}")
+                        f"of its folder or is none; take one below {root}")
     return path
 
 # %% ../nbs/foundations/files.ipynb #to_uint8
