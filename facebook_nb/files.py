@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_SIDE', 'MAX_BYTES', 'IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'SHIPPED', 'plumbing', 'UserError',
            'write_atomic', 'write_json', 'read_bytes', 'read_text', 'read_json', 'leads_out', 'inside', 'to_uint8',
-           'image_array', 'decode_image', 'read_image', 'write_image', 'pictures_in', 'DataCheck', 'tensors_digest',
-           'write_weights', 'list_shipped', 'read_about', 'read_metadata', 'read_weights', 'load_plain', 'load_strict',
-           'progress']
+           'image_array', 'decode_image', 'read_image', 'write_image', 'pictures_in', 'people_of', 'DataCheck',
+           'tensors_digest', 'write_weights', 'list_shipped', 'read_about', 'read_metadata', 'read_weights',
+           'load_plain', 'load_strict', 'progress']
 
 # %% ../nbs/foundations/files.ipynb #imports
 import errno
@@ -44,7 +44,8 @@ class UserError(ValueError):
 _DISK = {errno.ENOSPC: "the disk is full",
          errno.EDQUOT: "the quota is used up",
          errno.EFBIG: "the file is larger than is allowed here",
-         errno.EIO: "the disk reports an error"}
+         errno.EIO: "the disk reports an error",
+         errno.ENAMETOOLONG: "its name is too long"}
 
 
 @plumbing
@@ -379,6 +380,12 @@ def pictures_in(inputs, suffixes=IMAGE_SUFFIXES) -> list[Path]:
                         if p.suffix.lower() in suffixes)
         found += inside if path.is_dir() and inside else [path]
     return found
+
+# %% ../nbs/foundations/files.ipynb #people_of
+def people_of(paths, root: str | Path) -> list[str]:
+    """Whose picture each path is: its folder below root, or its own name."""
+    return [Path(p).parent.relative_to(root).as_posix()
+            if Path(p).parent != Path(root) else Path(p).name for p in paths]
 
 # %% ../nbs/foundations/files.ipynb #DataCheck
 @plumbing
