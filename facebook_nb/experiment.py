@@ -43,9 +43,12 @@ def _checked(chapter: str, name: str, kind, value):
         return adapter.validate_python(value)
     except ValidationError as first:
         if isinstance(value, str):
-            for text in (value, f"[{value}]"):      # 8, "null", or 1,2,3
+            for read, text in (             # 8, "null", 1,2,3, or a,b
+                    (adapter.validate_json, value),
+                    (adapter.validate_json, f"[{value}]"),
+                    (adapter.validate_python, value.split(","))):
                 try:
-                    return adapter.validate_json(text)
+                    return read(text)
                 except ValidationError:
                     pass
         why = first.errors()[0]["msg"]
