@@ -174,15 +174,15 @@ def test_a_dead_kernel_is_an_outcome_and_the_others_are_kept(small_book, tmp_pat
     dead = small_book(PARAMETERS, "import os\nos._exit(137)")
     other = tmp_path / "fine.ipynb"
     other.write_text(dead.read_text().replace("os._exit(137)", "1 + 1"))
-    outcomes = execute_all([(dead, tmp_path / "a{b}" / "dead.ipynb", {}), (other, tmp_path / "a{b}" / "fine.ipynb", {})],
-                           say=lambda line: None)
+    place = tmp_path / "a{b}"
+    outcomes = execute_all([(dead, place / "dead.ipynb", {}), (other, place / "fine.ipynb", {})], say=lambda line: None)
     assert "the kernel died" in outcomes[0].error and not outcomes[1].error
 
 
 def test_a_second_command_changes_nothing(small_book, tmp_path):
     small_book(PARAMETERS)
-    code = "import sys, time; from facebook_nb.experiment import own_folder; own_folder(sys.argv[1]); print(flush=True); " \
-           "time.sleep(60)"
+    code = ("import sys, time\nfrom facebook_nb.experiment import own_folder\n"
+            "own_folder(sys.argv[1])\nprint(flush=True)\ntime.sleep(60)")
     owner = subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE)
     owner.stdout.readline()
     before = sorted(p.name for p in (tmp_path / "run").iterdir())

@@ -7,10 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from facebook_nb import dmf
-from facebook_nb.files import UserError, read_json, write_image
+from facebook_nb.experiment import weights_file
+from facebook_nb.files import UserError, read_image, read_json, read_metadata, write_image
+from facebook_nb.models import backbones
+from facebook_nb.readers.fewshot import fitted
 from tests.conftest import data_folder
 
-TINY = {"base": 6, "novel": 5, "each": 20, "limit": 5, "pretrain": 1, "steps": 1, "test_episodes": 2, "n_seeds": 1}
+TINY = {"base": 6, "novel": 5, "each": 20, "pretrain": 1, "steps": 1, "test_episodes": 2, "n_seeds": 1, "few_rows": ()}
 
 
 def pairs(b=2, q=5, n=3, c=24, h=5, w=4, seed=0, dtype=torch.float32):
@@ -24,9 +27,9 @@ def network(**options):
     return dmf.DMF(torch.nn.Identity(), **{"channels": 24, "classes": 4, "groups": 8, "kernel": 3, **options})
 
 
-@pytest.mark.parametrize("groups, kernel, loud", [(8, 3, False), (1, 5, True), (24, 3, False)])
-def test_fast_form_is_the_literal_one_with_gradients(device, groups, kernel, loud):
-    model = network(groups=groups, kernel=kernel, loud=loud).to(device)
+@pytest.mark.parametrize("groups, kernel, prototype", [(8, 3, "positions"), (1, 5, "mean"), (24, 3, "mean")])
+def test_fast_form_is_the_literal_one_with_gradients(device, groups, kernel, prototype):
+    model = network(groups=groups, kernel=kernel, prototype=prototype).to(device)
     x, s = (t.detach().to(device).requires_grad_() for t in pairs())
     tensors = (x, s, *model.dw_gen.parameters())
     fast, literal = model.maps(x, s), dmf.literal_scores(model, x, s)
@@ -65,6 +68,11 @@ def test_partial_gates():
     x, s = pairs()
     z = network(gate="channels").dw_gen(x, s)
     assert (z == z[..., :1, :1]).all()
+    one = network(gate="pair").dw_gen(x, s)
+    assert one.shape == (2, 3, 5, 8, 5, 4) and (one == one[:, :, :, :1, :1, :1]).all()
+    torch.testing.assert_close(one[:, :, :, 0, 0, 0], z.mean((3, 4, 5)))
+    near = network(spread=0.05).dw_gen.offsets(x, s)
+    torch.testing.assert_close(near, 0.05 * network().dw_gen.offsets(x, s))
     still = network(sampling=False).dw_gen
     plain = F.conv2d(s[0], still.kernel_conv.weight, padding=1)
     torch.testing.assert_close(still(x, s)[0, :, 3], plain)
@@ -94,7 +102,7 @@ def test_cross_attention_follows_its_equation_and_contains_the_baseline():
     plain = dmf.ProtoNet(torch.nn.Identity(), 24, 4).eval()
     torch.testing.assert_close(rival.head(s, x, labels), plain.head(s, x, labels))
     config = dmf.Config.preset("smoke")
-    assert dmf.build(config, "cross attention", 4).fuse[0].in_features == 64
+    assert dmf.build(config, dmf.ROWS["cross attention"], 4).fuse[0].in_features == 64
 
 
 def test_border_scales_scores_and_frames_maps():
@@ -107,11 +115,19 @@ def test_border_scales_scores_and_frames_maps():
         torch.testing.assert_close(model.eval().head(s, x, labels), maps.mean((2, 3)))
 
 
-def test_loud_positions_speak_if_they_may():
+def test_class_vector_is_a_direction_or_as_released():
     s = torch.zeros(1, 2, 1, 4)
-    s[0, :, 0] = torch.tensor([[9.0, 0, 0, 0], [0, 1, 1, 1]])       # one loud position, three faint ones
-    torch.testing.assert_close(dmf.class_vectors(s), torch.tensor([[0.25, 0.75]]))
-    torch.testing.assert_close(dmf.class_vectors(s, loud=True), F.normalize(torch.tensor([[9.0, 3.0]])))
+    s[0, :, 0] = torch.tensor([[9.0, 0, 0, 0], [0, 1, 1, 1]])       # one strong position, three faint ones
+    torch.testing.assert_close(dmf.class_vectors(s), F.normalize(torch.tensor([[9.0, 3.0]])))
+    torch.testing.assert_close(dmf.class_vectors(s, "positions"), torch.tensor([[0.25, 0.75]]))
+
+
+def test_without_a_gate_classes_are_ranked_as_by_protonet():
+    x, s = pairs(1, 60, 5)
+    labels = torch.arange(5)[None]
+    plain = dmf.ProtoNet(torch.nn.Identity(), 24, 4).eval()
+    bare = network(gate="none").eval()
+    assert bare.head(s, x, labels).argmax(1).equal(plain.head(s, x, labels).argmax(1))
 
 
 def test_class_maps_of_unequal_shots():
@@ -120,6 +136,9 @@ def test_class_maps_of_unequal_shots():
     assert found.flatten().tolist() == [2.0, 2.0]
     one_hot = F.one_hot(torch.tensor([[0, 1, 1, 1, 0]]))
     assert dmf.class_maps(support, one_hot).equal(found)
+    for gap in ([[0, 2, 2, 2, 0]], [[1, 1, 1, 1, 1]]):              # was NaN
+        with pytest.raises(UserError, match="no picture of class [01]"):
+            dmf.class_maps(support, torch.tensor(gap))
 
 
 def test_solvers_approach_the_exact_gain():
@@ -157,7 +176,7 @@ def test_filters_of_three_by_three_as_meant():
 
 def test_dropblock_ramp_and_shares():
     torch.manual_seed(0)
-    block = dmf.ResidualBlock(4, 8, pool=False, drop="blocks")
+    block = backbones.ResidualBlock(4, 8, pool=False, drop="blocks")
     x = torch.randn(16, 4, 11, 11)
     with torch.no_grad():
         block(x)
@@ -171,20 +190,22 @@ def test_dropblock_ramp_and_shares():
         assert abs(block.dropped(y).mean() - 1) < 1e-4
         small = block.dropped(torch.ones(64, 32, 4, 4))     # the released code divides by zero here
         assert small.isfinite().all()
-        authors = dmf.ResidualBlock(4, 8, drop="authors").eval()
+        tiny = torch.cat([block.dropped(torch.ones(1, 1, 1, 1)) for _ in range(200)])
+        assert tiny.isfinite().all() and set(tiny.flatten().tolist()) == {0.0, 1.0}     # all may be blanked
+        authors = backbones.ResidualBlock(4, 8, drop="authors").eval()
         authors(x)
         assert authors.num_batches_tracked == 1
 
 
 def test_any_size_and_cifar_maps():
     with torch.no_grad():
-        net = dmf.ResNet12(pools=(True, True, False, False)).eval()
+        net = backbones.ResNet12(pools=(True, True, False, False)).eval()
         assert net(torch.zeros(1, 3, 32, 32)).shape == (1, 640, 8, 8)
-    assert dmf.Conv4()(torch.zeros(2, 3, 40, 32)).shape == (2, 64, 10, 8)
+    assert backbones.Conv4()(torch.zeros(2, 3, 40, 32)).shape == (2, 64, 10, 8)
 
 
 def test_official_weights_are_checked():
-    state = dmf.DMF(dmf.ResNet12(), classes=7, groups=160).state_dict()
+    state = dmf.DMF(backbones.ResNet12(), classes=7, groups=160).state_dict()
     model = dmf.load_official({f"module.{k}": v.numpy() for k, v in state.items()})
     assert model.dw_gen.groups == 160 and model.global_clasifier.out_channels == 7 and not model.training
     for change, message in (
@@ -213,7 +234,7 @@ def test_episodes_are_fixed_and_disjoint():
 
 def test_training_episodes_depend_on_their_number_alone():
     config = dmf.Config.preset("smoke", **TINY)
-    split = dmf.world_splits(config, "strokes", 0)[0]
+    split = dmf.world_splits(config, "parts", 0)[0]
     episodes = dmf.Episodes(split, 10, 5, 1, 6, seed=4)
     alone, together = episodes.__getitems__([7]), episodes.__getitems__([2, 7])
     assert all(a[0].equal(b[1]) for a, b in zip(alone, together))
@@ -222,6 +243,12 @@ def test_training_episodes_depend_on_their_number_alone():
     images = split.images.view(6, 20, 3, 32, 32)
     assert all((images[c] == q).flatten(1).all(1).any() for c, q in zip(pids[1], query[1]))
     assert truth[0].tolist() == [c for c in range(5) for _ in range(6)] and labels[0].tolist() == [*range(5)]
+    odd = dmf.Split(split.images, np.array([3, 7, 9, 100, 101, 4])[split.labels], split.classes, 32)
+    pids = dmf.Episodes(odd, 10, 5, 1, 6, seed=4).__getitems__([7])[4]      # any labels; classes by their rank
+    assert pids.min() >= 0 and pids.max() <= 5
+    assert dmf._Labelled(odd).ranks.unique().tolist() == [*range(6)]
+    with pytest.raises(UserError, match="there are 6, the smallest of 20"):
+        dmf.Episodes(odd, 10, 7, 1, 6, seed=4)
 
 
 def test_augmentation():
@@ -234,47 +261,82 @@ def test_augmentation():
     assert 0.35 < (holes > 0).float().mean() < 0.65 and holes.max() < 0.5
 
 
+def test_worlds_are_drawn_anew_for_each_seed():
+    config = dmf.Config.preset("smoke", **TINY)
+    for world in dmf.WORLDS:
+        base, novel = dmf.world_splits(config, world, 3)
+        assert len(base.classes) == 6 and len(novel.classes) == 5 and len(novel) == 100
+        assert dmf.world_splits(config, world, 3)[0].images.equal(base.images)
+        assert not dmf.world_splits(config, world, 4)[0].images.equal(base.images)
+    one, two = (dmf.scenes(4, 6, 0, 32, n).float() for n in (1, 2))
+    ink = lambda x: (x.amax(2) > 120).flatten(2).float().mean()
+    assert ink(two) > 1.5 * ink(one)
+
+
 def test_experiment_runs_resumes_and_leaves_its_files(tmp_path):
-    config = dmf.Config.preset("smoke", out_dir=tmp_path, **TINY, rows=("ProtoNet", "no gate", "DMF"))
+    config = dmf.Config.preset(
+        "smoke", out_dir=tmp_path, **TINY, rows=("no gate", "one number a pair", "DMF"), other_rows=("no gate", "DMF"))
     report = dmf.run(config)
     assert report.metrics["DMF"].keys() == {f"{w} {k}-shot" for w in dmf.WORLDS for k in (1, 5)}
-    assert read_json(tmp_path / "metrics.json")["claim"]["text"] == dmf.CLAIM
-    (tmp_path / "steps" / "strokes" / "seed0" / "DMF.npz").unlink()
+    assert set(report.metrics) == {"nearest pixels", "no gate", "one number a pair", "DMF"}
+    metrics = read_json(tmp_path / "metrics.json")
+    assert metrics["claim"]["text"] == dmf.CLAIM and metrics["claim"]["verdict"] == "undecided"
+    assert len(metrics["mechanism"]) == len(dmf.CHECKS)
+    assert {f["text"] for f in metrics["findings"]} > {"DMF beats one number a pair"}
+    steps = tmp_path / "steps" / "parts" / "seed0"
+    (steps / "DMF.npz").unlink()
+    before = (steps / "pretrain.npz").stat().st_mtime_ns
     again = dmf.run(config)
-    assert again.metrics == report.metrics
-    assert all((again.arrays[k] == v).all() for k, v in report.arrays.items())
+    assert again.metrics == report.metrics and (steps / "pretrain.npz").stat().st_mtime_ns == before
+    for key, value in report.arrays.items():
+        np.testing.assert_array_equal(again.arrays[key], value)
     model, size = dmf.restore(tmp_path / "weights.safetensors")
-    assert size == 32
+    assert size == 32 and model.prototype == "mean"
     kept = report.arrays["model.base.layers.0.weight"]
     assert (model.base.layers[0].weight.detach().numpy() == kept).all()
     assert (tmp_path / "weights.safetensors").stat().st_size < 1_500_000
 
 
-def test_the_head_is_timed_once(tmp_path, monkeypatch):
-    cost = {"fast": (1.0, 10), "literal": (20.0, 300)}
-    monkeypatch.setattr(dmf, "benchmark", lambda shot: cost)
-    settings = {"out_dir": tmp_path, **TINY, "rows": ("no gate", "DMF"), "worlds": ("strokes",), "timed": (5,)}
-    dmf.run(dmf.Config.preset("smoke", **settings))
-    monkeypatch.setattr(dmf, "benchmark", lambda shot: pytest.fail("timed again"))
-    report = dmf.run(dmf.Config.preset("smoke", **settings))
-    assert report.arrays["benchmark/5-shot"].tolist() == [[20, 300], [1, 10]]
+def test_taps_and_their_share_on_the_map():
+    o = torch.zeros(2, 18, 5, 4)
+    rows, columns = dmf.taps(o)
+    assert rows.shape == (2, 9, 5, 4) and rows[0, :, 2, 1].tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert columns[0, :, 2, 1].tolist() == [0, 1, 2] * 3
+    assert abs(dmf.share_on_map(o) - (3 * 5 - 2) * (3 * 4 - 2) / (9 * 20)) < 1e-6
+    assert dmf.share_on_map(o + 50) == 0
 
 
-def test_claim_follows_its_rule():
-    even = np.full((3, 50), 0.7)
-    hits = {"no gate": even, "DMF": even + 0.02, "gate over positions": even, "gate over channels": even + 0.01}
-    assert dmf.judge(hits).holds
-    assert not dmf.judge(hits | {"gate over channels": even + 0.03}).holds
-    assert not dmf.judge(hits | {"DMF": even + 0.005}).holds
-    noisy = even + 0.02
-    noisy[1] = even[1] + np.tile([0.5, -0.48], 25)          # one seed whose interval holds zero
-    assert not dmf.judge(hits | {"DMF": noisy}).holds
+def test_a_replaced_gate_is_tested_on_the_same_episodes():
+    config = dmf.Config.preset("smoke", **TINY | {"test_episodes": 4})
+    torch.manual_seed(0)
+    weights = dmf.build(config, {}, 6).state_dict()
+    found = dmf.replaced(config, "parts", 0, {}, weights)
+    assert set(found) == {"as trained", "no gate", "another class's", *dmf.REPLACED}
+    right = dmf.test_row(config, "parts", 0, {}, weights)["1-shot"]
+    np.testing.assert_allclose(found["as trained"], right[:2])
+
+
+def test_claim_and_checks_follow_their_rule():
+    config = dmf.Config.preset("book")
+    def judged(gain, cost):
+        metrics = {"no gate": {"parts 1-shot": [60, 61, 59, 60]},
+                   "DMF": {"parts 1-shot": [60 + g for g in (gain - .1, gain + 1.1, gain - 1, gain)]}}
+        swaps = {k: [70, 71, 72, 73] for k in ("as trained", "no gate", "another class's", *dmf.REPLACED)}
+        swaps["mean over positions"] = [x - cost for x in (70, 71, 72, 73.1)]
+        return dmf.judge(config, metrics, swaps)
+
+    claim, findings, mechanism = judged(3, 0.5)
+    assert claim.verdict == "shown" and claim.smallest_effect == dmf.SMALLEST and not findings
+    assert [check.holds for check in mechanism] == [True, False, False, False]
+    assert judged(1, 0.5)[0].verdict == "undecided" and judged(-1, 0)[0].verdict == "refuted"
+    assert not judged(3, 0)[2][0].holds
 
 
 @pytest.mark.parametrize("overrides, message", [
     ({"rows": ("DMF", "nothing")}, "no row 'nothing'"),
     ({"rows": ("DMF",)}, "add no gate"),
     ({"worlds": ("miniimagenet",)}, "needs --data-root"),
+    ({"other_rows": ("nothing",)}, "no row 'nothing'"),
     ({"backbone": "vgg"}, "conv4"),
 ])
 def test_wrong_settings_are_told(overrides, message):
@@ -301,15 +363,17 @@ def test_full_runs_on_a_toy_copy_of_its_data(tmp_path):
         queries=2, episodes=1, steps=2, warm=1, test_episodes=2, checkpoint_every=1, groups=64, kernel=3, rate=0.01)
     report = dmf.run(config)
     assert report.metrics["DMF"].keys() == {"miniimagenet 1-shot", "miniimagenet 5-shot"}
+    own = dmf.Config.preset("smoke", data_root=tmp_path / "data", worlds=("folders",), size=16)
+    assert dmf._worlds(own) == ["folders"] and len(dmf.world_splits(own, "folders", 0)[1].classes) == 3
     assert report.arrays["model.base.layer3.0.num_batches_tracked"] == 2
     model, size = dmf.restore(tmp_path / "run" / "weights.safetensors")
-    assert isinstance(model.base, dmf.ResNet12) and size == 16
+    assert isinstance(model.base, backbones.ResNet12) and size == 16
 
 
 def test_omniglot_joins(tmp_path):
     root = data_folder("omniglot").parent
     config = dmf.Config.preset("smoke", data_root=root)
-    assert dmf._worlds(config) == ["strokes", "characters", "omniglot"]
+    assert dmf._worlds(config) == ["parts", "scenes", "omniglot"]
     base, novel = dmf.world_splits(config, "omniglot", 0)
     assert len(base.classes) == 4 * 136 and len(novel.classes) == 106
     turned = base.images[base.labels == 136][:1]
@@ -321,7 +385,7 @@ def test_omniglot_joins(tmp_path):
 def weights(tmp_path):
     config = dmf.Config.preset("smoke")
     torch.manual_seed(0)
-    model = dmf.build(config, "DMF", 8)
+    model = dmf.build(config, {}, 8)
     dmf._export(config, tmp_path / "w", {f"model.{k}": v for k, v in model.state_dict().items()})
     return tmp_path / "w" / "weights.safetensors"
 
@@ -349,6 +413,54 @@ def test_apply_names_pictures(tmp_path, weights):
     assert [("error" in by_name[n]) for n in ("bad.jpg", "bad.png", "gone.png")] == [True] * 3
     assert read_json(tmp_path / "out" / "results.json") == rows
     assert len([*(tmp_path / "out").glob("*.png")]) == 1 and (tmp_path / "out" / "results.csv").exists()
+
+
+def test_apply_takes_arrays_and_says_what_the_weights_know(tmp_path):
+    support, queries = folders(tmp_path)
+    blue = np.full((50, 40, 3), (30, 30, 200), np.uint8)
+    rows = dmf.apply([support, blue, torch.from_numpy(blue).movedim(2, 0)])
+    assert [("label" in r, "error" in r) for r in rows] == [(False, True), (True, False), (True, False)]
+    assert {r["weights"] for r in rows} == {"procedural glyphs, this book"}
+    assert rows[1]["scores"] == rows[2]["scores"]
+
+
+def test_place_scores_follow_their_equation():
+    x, s = pairs()
+    model = network()
+    f = model.dw_gen(x, s).sigmoid()
+    grown = dmf.gain(f[1, 2, 4]).repeat_interleave(3, 0)
+    x_hat = torch.where(x[1, 4] > 0, grown * x[1, 4], x[1, 4])
+    torch.testing.assert_close(dmf.place_scores(model, x, s)[1, 4, 2], F.cosine_similarity(x_hat, s[1, 2], dim=0))
+
+
+@torch.no_grad()
+def test_faces_are_named_as_well_as_by_their_pixels():
+    """One picture each of five people: hubs used to get most of the answers."""
+    if "prototype" not in read_metadata(weights_file("dmf")):
+        pytest.skip("the small weights are of a run with the old class vector")
+    paths = sorted(data_folder("orl_faces").glob("s[1-9]*/[1-7].pgm"))
+    labels = np.unique([p.parent.name for p in paths], return_inverse=True)[1]
+    model, size = dmf.restore()
+    pictures = torch.stack([dmf.whole(read_image(p), 2 * size) for p in paths])
+    maps, pixels = model.base(dmf.normalised(pictures)), pictures.float().flatten(1)
+    truth, right = torch.arange(5).repeat_interleave(5), []
+    for s, q in zip(*map(torch.from_numpy, dmf.fixed_episodes(labels, 60, 5, 1, 5))):
+        scores = dmf.place_scores(model, maps[q][None], maps[s][None]).mean((3, 4))[0]
+        near = -torch.cdist(pixels[q], pixels[s])
+        right.append([(x.argmax(1) == truth).float().mean() for x in (scores, near)])
+    ours, theirs = np.mean(right, 0)
+    assert ours >= theirs > 0.8, (ours, theirs)
+
+
+def test_a_long_strip_and_a_large_photo_are_read_in_little_memory():
+    strip = np.zeros((1, 90_000, 3), np.uint8)
+    strip[:, 44_000:46_000] = 200
+    assert fitted(strip, 32).shape == (3, 32, 32) and fitted(strip, 32).min() == 200
+    assert dmf.whole(strip.transpose(1, 0, 2), 64).shape == (3, 64, 64)
+    large = np.random.default_rng(0).integers(0, 256, (2400, 2400, 3), np.uint8)     # resized as bytes
+    small = torch.from_numpy(large).permute(2, 0, 1).float()[None]
+    small = F.interpolate(small, (64, 64), mode="bilinear", antialias=True, align_corners=False)[0]
+    assert (dmf.whole(large, 64).float() - small).abs().max() < 1.6
 
 
 def test_apply_says_what_it_needs(tmp_path, weights):

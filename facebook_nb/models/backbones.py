@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IR_BLOCKS', 'IR_VARIANTS', 'Backbone', 'quality_head', 'embedding_head', 'SqueezeExcite', 'IRBlock', 'IRNet',
            'ConvBlock', 'DepthBlock', 'MobileFaceNet', 'ConvReLU', 'Branches', 'InceptionResNetV1', 'SmallResNet',
-           'load_trunk']
+           'block_mask', 'ResidualBlock', 'ResNet12', 'Conv4', 'load_trunk']
 
 # %% ../../nbs/foundations/backbones.ipynb #imports
 from collections import OrderedDict
@@ -400,6 +400,122 @@ class SmallResNet(Backbone):
         }
         self._take_head(head, heads)
         self.apply(_init_kaiming)
+
+# %% ../../nbs/foundations/backbones.ipynb #block_mask
+def block_mask(seeds: Tensor, size: int, authors: bool = False) -> Tensor:
+    """Where activations are kept when each seed blanks a square.
+
+    seeds: (N, C, h, w), 1 at the top-left corners of blanked size×size
+    squares. Returns (N, C, h+size-1, w+size-1), 1 = kept. authors: as the
+    released code, which blanks a column, or one cell, and the middle of each
+    square when the number of seeds is a multiple of 5, or of 25.
+    """
+    pad = size - 1
+    if not authors:
+        blank = F.max_pool2d(F.pad(seeds, [pad] * 4), size, 1)
+        return 1 - blank
+    at = seeds.nonzero()                                    # (nr, 4)
+    mask = seeds.new_ones(*seeds.shape[:2], seeds.shape[2] + pad,
+                          seeds.shape[3] + pad)
+    if len(at):
+        i = torch.arange(len(at) * size**2, device=seeds.device)
+        n, c, y, x = at[i % len(at)].T
+        cell = i % size**2
+        mask[n, c, y + cell // size, x + cell % size] = 0
+        mask[n, c, y + pad // 2, x + pad // 2] = 0      # padded seeds stay
+    return mask
+
+# %% ../../nbs/foundations/backbones.ipynb #ResidualBlock
+class ResidualBlock(nn.Module):
+    """Three 3×3 convolutions and a 1×1 shortcut, then pooling and dropping.
+
+    drop: "elements" (dropout), "blocks" (DropBlock) or "authors" (DropBlock
+    as released, with its defect and a ramp that runs in evaluation too).
+    DropBlock's squares are 5×5, or smaller on maps of less than 10.
+    """
+
+    def __init__(self, c_in, c_out, pool=True, drop="elements"):
+        super().__init__()
+        self.pool, self.drop = pool, drop
+        for i, c in enumerate((c_in, c_out, c_out), 1):
+            conv = nn.Conv2d(c, c_out, 3, padding=1, bias=False)
+            self.add_module(f"conv{i}", conv)
+            self.add_module(f"bn{i}", nn.BatchNorm2d(c_out))
+        self.downsample = nn.Sequential(
+            nn.Conv2d(c_in, c_out, 1, bias=False), nn.BatchNorm2d(c_out))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or self.drop == "authors":
+            self.num_batches_tracked += 1
+        y = F.leaky_relu(self.bn1(self.conv1(x)), 0.1)
+        y = F.leaky_relu(self.bn2(self.conv2(y)), 0.1)
+        y = self.bn3(self.conv3(y)) + self.downsample(x)
+        y = F.leaky_relu(y, 0.1)
+        if self.pool:
+            y = F.max_pool2d(y, 2, ceil_mode=True)
+        if not self.training:
+            return y
+        return (F.dropout(y, 0.1) if self.drop == "elements"
+                else self.dropped(y))
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """DropBlock; the share that it drops grows to 10 % in 40,000 steps."""
+        h, w = x.shape[2:]
+        half = min(h, w) // 2
+        size = max(1, min(5, half - (half + 1) % 2))    # odd, at most half
+        gamma = (0.1 * self.num_batches_tracked / 40000).clamp(max=0.1)
+        rows, columns = h - size + 1, w - size + 1
+        gamma = gamma / size**2 * (h * w) / (rows * columns)
+        seeds = torch.rand(*x.shape[:2], rows, columns, device=x.device)
+        mask = block_mask((seeds < gamma).to(x), size, self.drop == "authors")
+        # a tiny map may lose all of its cells
+        return x * mask * (mask.numel() / mask.sum().clamp(min=1))
+
+# %% ../../nbs/foundations/backbones.ipynb #ResNet12
+class ResNet12(nn.Module):
+    """(N, 3, 84, 84) to (N, 640, 11, 11); any size will do.
+
+    pools: which of the four blocks halve the map; drop: "blocks" or "authors"
+    in the last two, see `ResidualBlock`. 12.4 million parameters. Names and
+    arithmetic of the dynamic meta-filter's released code.
+    """
+
+    channels = 640
+
+    def __init__(self, pools=(True, True, True, False), drop="blocks"):
+        super().__init__()
+        widths = (3, 64, 160, 320, 640)
+        drops = ("elements", "elements", drop, drop)
+        for i in range(4):
+            block = ResidualBlock(widths[i], widths[i + 1], pools[i], drops[i])
+            self.add_module(f"layer{i + 1}", nn.Sequential(block))
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out",
+                                        nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
+
+# %% ../../nbs/foundations/backbones.ipynb #Conv4
+class Conv4(nn.Module):
+    """(N, 3, 32, 32) to (N, 64, 8, 8): an embedding of four convolutions."""
+
+    channels = 64
+
+    def __init__(self, widths=(32, 32, 64, 64)):
+        super().__init__()
+        layers = []
+        for i, (a, b) in enumerate(zip((3, *widths), widths)):
+            layers += [nn.Conv2d(a, b, 3, padding=1, bias=False),
+                       nn.BatchNorm2d(b)]
+            layers += [nn.MaxPool2d(2)] if i < 2 else []
+            layers += [nn.LeakyReLU(0.1)]   # after pooling: the same, cheaper
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
 
 # %% ../../nbs/foundations/backbones.ipynb #load_trunk
 def load_trunk(network: Backbone, weights: str | Path | Mapping) -> Backbone:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from facebook_nb import dmf
+from facebook_nb.models.backbones import ResNet12, block_mask
 from tests.parity import recipe
 
 HERE = Path(__file__).parent / "data" / "dmf"
@@ -52,7 +53,7 @@ def check(cases, key, found, step=1, gradient=False):
 
 
 def test_layout_is_the_released_networks():
-    model = dmf.DMF(dmf.ResNet12())
+    model = dmf.DMF(ResNet12())
     assert {k: tuple(v.shape) for k, v in model.state_dict().items()} == LAYOUT
     assert sum(p.numel() for p in model.base.parameters()) == 12_424_320
     assert sum(p.numel() for p in model.dw_gen.parameters()) == 944_640
@@ -153,8 +154,8 @@ def test_schedule(cases):
 @pytest.mark.parametrize("case, shape, p", [("drop0", (2, 3, 7, 7), 0.08), ("drop1", (1, 2, 17, 17), 0.0)])
 def test_dropblock_mask_with_its_defect(cases, case, shape, p):
     seeds = torch.from_numpy((recipe.uniform(f"dmf.{case}", shape) < p).astype(np.float32))
-    mask = dmf.block_mask(seeds, 5, authors=True)
+    mask = block_mask(seeds, 5, authors=True)
     assert (mask.numpy() == cases[case]).all()
     assert abs(mask.numel() / mask.sum().item() - cases[f"{case}.scale"]) < 1e-6
-    meant = dmf.block_mask(seeds, 5)
+    meant = block_mask(seeds, 5)
     assert (meant <= mask).all() and (case == "drop1") == bool(meant.all())
