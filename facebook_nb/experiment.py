@@ -429,6 +429,8 @@ class Claim:
         return "refuted" if high < self.smallest_effect else "undecided"
 
     def __str__(self) -> str:
+        if self.effect != self.effect:      # too little to judge by
+            return f"{self.verdict}: not measured"
         size = max(map(abs, self.interval or [self.effect])) or 1
         digits = min(4, max(0, 2 - int(np.floor(np.log10(size) + 1))))
         number = lambda x: f"{x:+.{digits}f}"
