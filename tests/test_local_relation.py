@@ -1,7 +1,4 @@
 """Local relations: forgeries with true masks, readers of the public formats, the experiment, apply, and full scale."""
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import av
@@ -492,30 +489,3 @@ def test_full_trains_a_step_on_files_in_the_released_form(release, tmp_path, mon
     assert (tmp_path / "run/weights.safetensors").exists()
     assert (tmp_path / "run/main-test-skipped.txt").read_text() == ""
     assert L.run(config).metrics == report.metrics          # a finished run is read, not repeated
-
-
-def test_two_processes_cut_and_train_together(tmp_path):
-    """Rendered films of six people, cut by both processes, each its half; then a step of the training, and the tests."""
-    pytest.importorskip("dlib")
-    x = (255 * W.render_clips(6, 2, seed=1, size=160).images).byte().permute(0, 2, 3, 1).numpy()
-    root = tmp_path / "ff"
-    for split, pair in (("train", (0, 1)), ("test", (2, 3))):
-        write_json(root / "splits" / f"{split}.json", [[f"00{k}" for k in pair]])
-        for k, other in (pair, pair[::-1]):
-            frames, mask = x[2 * k:2 * k + 2], np.zeros((2, 160, 160, 3), np.uint8)
-            mask[:, 70:120, 50:110] = 255
-            film(root / f"original_sequences/youtube/c23/videos/00{k}.mp4", frames)
-            base, name = root / "manipulated_sequences/Deepfakes", f"00{k}_00{other}.mp4"
-            film(base / "c23/videos" / name, np.ascontiguousarray(frames[:, :, ::-1]))
-            film(base / "masks/videos" / name, mask)
-    done = subprocess.run(
-        [sys.executable, "-m", "facebook_nb.processes", "--standalone", "--nproc_per_node", "2", "-m", "facebook_nb.cli",
-         "train", "local_relation", "--preset", "full", "--data-root", str(root), "--out-dir", str(tmp_path / "run"),
-         *[f"--set={k}" for k in ("encoder=small", "size=64", "epochs=1", "batch_size=4", "precision=no", "workers=0",
-                                  "video_frames=2")]],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    cut = read_json(tmp_path / "run/faces/main/train.json")
-    assert sum(len(v["train"]) for v in cut["FaceForensics++ train c23"].values()) == 4
-    assert (tmp_path / "run/main-train-skipped.txt").read_text() == ""
-    assert read_json(tmp_path / "run/metrics.json")["metrics"]["FaceForensics++, all"]["AUC"]["values"]
