@@ -10,7 +10,7 @@ __all__ = ['NETWORKS', 'UNSUP3D', 'FIELD', 'WALL', 'STUDIO', 'THEN', 'ROWS', 'CH
            'initialise', 'load_official', 'Unsup3dNet', 'side', 'erode', 'mad', 'reliefs', 'scene_colour', 'FaceSets',
            'take_photos', 'make_sets', 'mirrored', 'settled', 'explain_loss', 'fit_face', 'draw_sets', 'set_loss',
            'supervised_loss', 'train_stage', 'late_cosine', 'Best', 'check_rows', 'train_row', 'refine', 'gain_error',
-           'errors', 'averaged', 'measure', 'measure_fit', 'front', 'constant', 'worlds', 'row_step', 'refine_step',
+           'errors', 'averaged', 'measure', 'measure_fit', 'front', 'constant', 'people_of', 'row_step', 'refine_step',
            'test_step', 'floor_step', 'fit_step', 'mechanism', 'run', 'judge', 'figure_step', 'save_model',
            'load_model', 'photo_sets', 'measure_rendered', 'photos_step', 'rendered_step', 'fine_points', 'face_mesh',
            'unwrap', 'write_mesh', 'turntable', 'write_film', 'frame_face', 'reconstruct', 'apply', 'check_data']
@@ -1272,7 +1272,7 @@ def _model(config: Config, options: Mapping, weights: Mapping) -> LAP:
 CHUNK = 100         # people that are rendered at once
 
 
-@lru_cache(maxsize=3)
+@lru_cache(maxsize=5)       # all that the steps of one seed and world use
 def _world(people: int, photos: int, seed: int, size: int, spread: float,
            scene: float = 0.5) -> FaceSets:
     """`make_sets` of many people, a hundred at a time; remembered."""
@@ -1282,14 +1282,14 @@ def _world(people: int, photos: int, seed: int, size: int, spread: float,
         vars(p).values() for p in parts))))
 
 
-def worlds(config: Config, seed: int, spread: float) -> dict[str, FaceSets]:
-    """The people to train on, to stop early by, and to test on."""
-    return {kind: _world(people, 8 if kind == "test" else config.photos,
-                         start + seed, config.size, spread)
-            for kind, people, start in (
-                ("train", config.people, 0),
-                ("development", config.dev_people, 20_000),
-                ("test", config.test_people, 10_000))}
+def people_of(config: Config, seed: int, spread: float,
+              kind: str) -> FaceSets:
+    """The people to "train" on, to stop early by ("dev"), or to "test" on."""
+    people, photos, first = {
+        "train": (config.people, config.photos, 0),
+        "dev": (config.dev_people, config.photos, 20_000),
+        "test": (config.test_people, 8, 10_000)}[kind]
+    return _world(people, photos, first + seed, config.size, spread)
 
 
 def row_step(config: Config, seed: int, spread: float, options: Mapping,
@@ -1298,12 +1298,14 @@ def row_step(config: Config, seed: int, spread: float, options: Mapping,
 
     options: a value of ROWS; start: weights of the row before, or empty.
     """
-    world, given = worlds(config, seed, spread), options.get("given", ())
+    given = options.get("given", ())
+    train, dev = (people_of(config, seed, spread, kind)
+                  for kind in ("train", "dev"))
     torch.manual_seed(seed)
     model = _model(config, options, start) if start else _build(config, seed)
     history = train_row(
-        model, options, vars(world["train"]), config, seed, folder=folder,
-        look=lambda m: measure(m, world["development"], 1, given)["mad"])
+        model, options, vars(train), config, seed, folder=folder,
+        look=lambda m: measure(m, dev, 1, given)["mad"])
     return _packed(model) | {"development": np.array(
         [e["development"] for e in history.evaluations])}
 
@@ -1313,16 +1315,16 @@ def refine_step(config: Config, seed: int, spread: float, options: Mapping,
     """Train the refining networks of a row: all weights."""
     model = _model(config, options, start)
     torch.manual_seed(seed)
-    refine(model, vars(worlds(config, seed, spread)["train"]), config, seed,
-           options.get("given", ()), folder=folder)
+    refine(model, vars(people_of(config, seed, spread, "train")), config,
+           seed, options.get("given", ()), folder=folder)
     return _packed(model)
 
 
 def test_step(config: Config, seed: int, spread: float, options: Mapping,
               weights: Mapping, personal: bool = False) -> dict:
     """Errors of a row on the test people: "KIND, n=N/MEASURE" → value."""
-    model, test = _model(config, options, weights), worlds(
-        config, seed, spread)["test"]
+    model = _model(config, options, weights)
+    test = people_of(config, seed, spread, "test")
     given = options.get("given", ())
     if personal:
         found = {"personalised, n=4": measure(model, test, 4, given, True),
@@ -1343,8 +1345,8 @@ test_step.__test__ = False      # it is no test of pytest's
 
 def floor_step(config: Config, seed: int, spread: float) -> dict:
     """The rows that need no training, in the same form."""
-    world = worlds(config, seed, spread)
-    train, test = world["train"], world["test"]
+    train, test = (people_of(config, seed, spread, kind)
+                   for kind in ("train", "test"))
     mean = torch.cat([front(min(CHUNK, config.people - k), seed + 1000 * k,
                             config.size, spread)
                       for k in range(0, config.people, CHUNK)]).mean(0)
@@ -1363,7 +1365,7 @@ FITS = {"fit": (STUDIO, (1, 2, 4, 8)), "fit, nothing given": ((), (1, 4))}
 
 def fit_step(config: Config, seed: int, spread: float) -> dict:
     """The direct fits of a few test people, in the same form."""
-    few = worlds(config, seed, spread)["test"].people(
+    few = people_of(config, seed, spread, "test").people(
         slice(0, config.fit_people))
     rows = {f"{row}, n={n}": measure_fit(few, n, config.fit_steps, given)
             for row, (given, sizes) in FITS.items() for n in sizes}
@@ -1559,7 +1561,7 @@ def figure_step(config: Config, seed: int, spread: float, single: Mapping,
 
     single, sets: weights of the rows "single continued" and "sets".
     """
-    test = worlds(config, seed, spread)["test"]
+    test = people_of(config, seed, spread, "test")
     few = test.people(slice(0, 3))
     x, light, view = few.image[:, :4], few.light[:, :4], few.view[:, :4]
     out = {"photos": x, "truth": few.depth[:, :4], "head": few.head[:, :4],
