@@ -218,10 +218,10 @@ _watching = 0                   # the process that did so already
 
 
 @plumbing
-def end_with_parent(*_) -> None:
+def end_with_parent(parent: int | None = None) -> None:
     """From now on this process ends when the one that started it does.
 
-    Takes and ignores arguments, to be a `worker_init_fn` or `initializer`.
+    parent: number of that process, which may have ended already.
     """
     from threading import Thread
     from time import sleep
@@ -230,7 +230,7 @@ def end_with_parent(*_) -> None:
     if _watching == os.getpid():        # a forked child is another one
         return
     _watching = os.getpid()
-    parent = int(os.environ.pop(PARENT, 0)) or os.getppid()
+    parent = parent or int(os.environ.pop(PARENT, 0)) or os.getppid()
     if sys.platform == "linux":
         import ctypes
         import signal

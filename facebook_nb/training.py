@@ -708,8 +708,13 @@ def _stream(batches: Batches, begin: int, device: torch.device):
         return (batches[i] for i in places)
     return iter(DataLoader(batches, batch_size=None, sampler=places,
                            num_workers=workers,
-                           worker_init_fn=end_with_parent,
+                           worker_init_fn=_end_with_parent,
                            pin_memory=device.type == "cuda"))
+
+
+@plumbing
+def _end_with_parent(worker: int) -> None:
+    end_with_parent()
 
 
 def _to(batch, device: torch.device, channels_last: bool):

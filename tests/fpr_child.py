@@ -49,15 +49,17 @@ def once(what, rank, ranks):
 
     n, group = what["how"]["classes"], dist.group.WORLD
     first, last = (n * r // ranks for r in (rank, rank + 1))
-    how = fpr.How(**what["how"], first=first, group=group)
+    how = fpr.HeadSettings(**what["how"], first=first, group=group)
     W = what["W"][first:last].clone().requires_grad_()
     x, y = (what[k].split(what["sizes"])[rank].clone() for k in ("x", "y"))
     x.requires_grad_()
     everything, labels = fpr.gather_rows(x, group), fpr.gather_rows(y, group)
     z, seen = fpr.penalised_logits(everything, W, labels, how)
-    loss = fpr.split_cross_entropy(z, labels, how)
+    again = fpr.split_cross_entropy(z, labels, how)
+    loss, _ = fpr.penalised_loss(everything, W, labels, how)
+    torch.testing.assert_close(loss, again)
     (loss * len(x) / len(what["x"])).backward()         # its share, as `fit` weighs it
-    return dict(z=z.detach(), loss=loss.detach(), d_x=x.grad, d_W=W.grad, info=list(seen[2:]), rho=seen.rho)
+    return dict(z=z.detach(), loss=loss.detach(), d_x=x.grad, d_W=W.grad, info=[a.item() for a in seen[2:]], rho=seen.rho)
 
 
 def many(what, rank, ranks):
@@ -102,4 +104,12 @@ def full(what, rank, ranks):
     return report.metrics
 
 
-JOBS = {"once": once, "many": many, "fitted": fitted, "full": full}
+def quality(what, rank, ranks):
+    """Preset `full` of the quality chapter: the report's metrics."""
+    from facebook_nb import sdd_fiqa
+
+    return sdd_fiqa.run(sdd_fiqa.Config.preset("full", data_root=what["root"], out_dir=what["out"], devices=ranks,
+                                               **what["settings"])).metrics
+
+
+JOBS = {"quality": quality, "once": once, "many": many, "fitted": fitted, "full": full}

@@ -1,8 +1,9 @@
 """SIGKILL at random moments of a chapter's run; it must go on to the very weights of an undisturbed run.
 
-    python -m tests.kill_and_resume [--kills 100] [--seed 0] [CHAPTER …]
+    python -m tests.kill_and_resume [--kills 100] [--devices 1] [--seed 0] [CHAPTER …]
 
-`make test` does a few of these kills (test_robustness.py).
+`make test` does a few of these kills (test_robustness.py). With several devices one of the processes is killed,
+whichever, and the others end as their launcher would end them.
 """
 import argparse
 import importlib
@@ -17,8 +18,9 @@ import time
 from pathlib import Path
 
 from facebook_nb.files import progress, read_weights
+from tests.together import start
 
-CHAPTERS = ("sdd_fiqa", "dmf", "cmr")
+CHAPTERS = ("sdd_fiqa", "dmf", "cmr", "fpr", "afsd", "lap")
 
 
 def smoke(chapter: str, folder: Path) -> None:
@@ -32,17 +34,29 @@ def smoke(chapter: str, folder: Path) -> None:
     module.run(module.Config.preset("smoke", out_dir=folder, data_root=None))
 
 
-def finish(context, chapter: str, folder: Path, after: float | None = None) -> bool:
+def finish(context, chapter: str, folder: Path, after: float | None, moments: random.Random, devices: int) -> bool:
     """Run in a child, killed `after` seconds; whether it finished. RuntimeError when it failed by itself."""
-    process = context.Process(target=smoke, args=(chapter, folder))
-    process.start()
-    process.join(after)
-    if process.is_alive():
-        os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    if process.exitcode not in (0, -signal.SIGKILL):
-        raise RuntimeError(f"{chapter}: the resumed run ended with exit code {process.exitcode}; kept in {folder}")
-    return process.exitcode == 0
+    if devices == 1:
+        processes = [context.Process(target=smoke, args=(chapter, folder))]
+        processes[0].start()
+    else:
+        processes = start(smoke, chapter, folder, place=folder.parent / "said", ranks=devices, late=[0] * devices,
+                          limit=600, context=context)
+    end, killed = time.monotonic() + (after or 1e9), None
+    while any(p.exitcode is None for p in processes) and not any(p.exitcode for p in processes):
+        time.sleep(0.01)
+        if time.monotonic() > end:
+            killed = moments.choice([p for p in processes if p.exitcode is None])
+            os.kill(killed.pid, signal.SIGKILL)
+            break
+    for process in processes:
+        if killed:
+            process.kill()
+        process.join()
+    bad = [p.exitcode for p in processes if p.exitcode not in (0, -signal.SIGKILL)]
+    if bad and not killed:
+        raise RuntimeError(f"{chapter}: the resumed run ended with exit code {bad[0]}; kept in {folder}")
+    return all(p.exitcode == 0 for p in processes)
 
 
 def same(one: Path, other: Path) -> None:
@@ -53,18 +67,19 @@ def same(one: Path, other: Path) -> None:
         assert a[name].numpy().tobytes() == b[name].numpy().tobytes(), f"{other}: {name} differs from {one}"
 
 
-def survive(chapter: str, kills: int, moments: random.Random, place: Path) -> int:
+def survive(chapter: str, kills: int, moments: random.Random, place: Path, devices: int = 1) -> int:
     """Kill a chapter's runs `kills` times in all, each run gone on with until it ends; returns the number of runs."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"facebook_nb.{chapter}", "accelerate", "tensorboard"])
+    context.set_forkserver_preload([f"facebook_nb.{chapter}", "torch._dynamo", "torch.distributed"])
+    run = lambda folder, after=None: finish(context, chapter, folder, after, moments, devices)
     undisturbed, runs, done = place / f"{chapter}-undisturbed", 0, 0
     begun = time.perf_counter()
-    finish(context, chapter, undisturbed)
+    run(undisturbed)
     length = time.perf_counter() - begun
     bar = progress(total=kills, label=chapter)
     while done < kills:
         folder = place / f"{chapter}-{runs}"
-        while not finish(context, chapter, folder, moments.uniform(0, length) if done < kills else None):
+        while not run(folder, moments.uniform(0, length) if done < kills else None):
             done += 1
             bar.update()
         same(undisturbed, folder)
@@ -78,13 +93,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("chapters", nargs="*", default=CHAPTERS, metavar="CHAPTER")
     parser.add_argument("--kills", type=int, default=100, help="of all chapters together")
+    parser.add_argument("--devices", type=int, default=1, help="processes of a run")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     moments = random.Random(options.seed)
     with tempfile.TemporaryDirectory() as place:
         for index, chapter in enumerate(options.chapters):
             kills = (options.kills + index) // len(options.chapters)
-            runs = survive(chapter, kills, moments, Path(place))
+            runs = survive(chapter, kills, moments, Path(place), options.devices)
             print(f"{chapter}: {kills} kills, {runs} runs ended with the weights of an undisturbed one", flush=True)
 
 

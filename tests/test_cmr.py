@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from facebook_nb import cmr
 from facebook_nb.cmr import CME, ROWS, SME, TIM, Config, Parts, motion_map, small_network, temporal_mix
+from facebook_nb.experiment import Claim
 from facebook_nb.files import UserError, write_image, write_weights
 from facebook_nb.readers.video import FrameArray
 from facebook_nb.worlds.motion import two_sweeps, write_video
@@ -43,6 +44,23 @@ def test_temporal_mix(gated, layout):
         torch.testing.assert_close(a, b)
 
 
+def test_replicate_padding_repeats_the_ends():
+    x, w, gate = noise(N * T, C, H, W).requires_grad_(), noise(C, 3).requires_grad_(), noise(N, T, C).sigmoid()
+    y = temporal_mix(x, w, gate, T, replicate=True)
+    u = x.unflatten(0, (-1, T)) * gate[..., None, None]
+    u = torch.cat([u[:, :1], u, u[:, -1:]], 1)
+    slow = sum(w[:, k, None, None] * u[:, k : k + T] for k in range(3)).flatten(0, 1)
+    torch.testing.assert_close(y, slow)
+    for a, b in zip(gradients(y, x, w), gradients(slow, x, w)):
+        torch.testing.assert_close(a, b)
+    still = torch.rand(1, 1, 3, 24, 24).expand(-1, 8, -1, -1, -1)
+    for padding, uniform in (("zero", False), ("replicate", True)):
+        net = small_network(8, Parts(cme=True, sme=True, padding=padding))
+        maps = cmr.motion_maps(net, still)
+        d = torch.stack([v for k, v in maps.items() if k.endswith("discrepancy")])
+        assert ((d - 1 / 8).abs().max() < 1e-6) == uniform
+
+
 def literal_map(x):
     x = x.unflatten(0, (-1, T))
     s = F.cosine_similarity(x[:, :-1], x[:, 1:], dim=2, eps=1e-8)
@@ -53,8 +71,16 @@ def test_motion_map_and_its_gradient():
     x = noise(N * T, C, H, W).relu().requires_grad_()
     torch.testing.assert_close(motion_map(x, T), literal_map(x))
     torch.testing.assert_close(gradients(motion_map(x, T), x)[0], gradients(literal_map(x), x)[0])
-    zero = torch.zeros(2, 3, 1, 1, requires_grad=True)
-    assert (motion_map(zero, 2) == 1).all() and torch.isfinite(gradients(motion_map(zero, 2), zero)[0]).all()
+    for kind in (torch.float16, torch.bfloat16, torch.float32):
+        x = torch.rand(2, 3, 2, 2, generator=torch.Generator().manual_seed(1)).to(kind)
+        x[1, :, 0, 0], x[0, :, 1, 1] = 0, 6e-8      # no direction; one whose 1/n exceeds half precision
+        x.requires_grad_()
+        seen = motion_map(x, 2)
+        assert (seen[..., 0, 0] == 1).all()
+        d_x, = torch.autograd.grad(seen.sum(), x)
+        assert d_x.isfinite().all() and (d_x[:, :, 0, 0] == 0).all()
+    with pytest.raises(UserError, match="at least 2"):
+        motion_map(x, 1)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -136,6 +162,21 @@ def test_every_row_trains_and_takes_both_inputs():
         assert all(p.grad is None or torch.isfinite(p.grad).all() for p in net.parameters()), name
         net.eval()
         torch.testing.assert_close(net(x), net(x.reshape(2, 24, 32, 32)))
+
+
+@pytest.mark.parametrize("row", ["TIM", "CMR"])
+@pytest.mark.parametrize("shape", [(2, 1, 3, 24, 24), (16, 3, 24, 24), (2, 3, 8, 24, 24), (2, 8, 24, 24)])
+def test_clips_of_another_shape_are_refused(row, shape):
+    with pytest.raises(UserError, match=r"shape \(\d+, .*wanted are \(N, T, 3, H, W\)"):
+        small_network(8, ROWS[row]).eval()(torch.zeros(shape))
+    assert small_network(8, ROWS["TSN"]).eval()(torch.zeros(2, 1, 3, 24, 24)).shape == (2, 8)
+
+
+def test_the_authors_order_of_work_gives_the_same():
+    net, x = trained("CMR").double(), noise(2, 8, 3, 24, 24)
+    with torch.no_grad():
+        ours = net(x)
+        torch.testing.assert_close(cmr.as_released(net)(x), ours)
 
 
 def test_clips_do_not_mix():
@@ -261,7 +302,10 @@ def test_full_on_a_tiny_copy(tmp_path):
     config = Config.preset("full", data_root=root, rows=("CMR",), steps=1, batch_size=2, side=32, workers=0,
                            precision="no", out_dir=tmp_path / "run")
     report = cmr.run(config)
-    assert set(report.metrics["CMR"]) == {"top-1", "top-5"} and not report.claim.holds
+    assert set(report.metrics["CMR"]) == {"top-1", "top-5"} and report.claim.verdict == "undecided"
+    again = cmr.run(Config.preset("full", data_root=root, rows=("CMR",), steps=1, batch_size=2, side=32, workers=0,
+                                  precision="no", out_dir=tmp_path / "run"))
+    assert again.metrics == report.metrics
     rows = cmr.apply([root / "20bn-something-something-v1" / "0"], tmp_path / "run" / "weights.safetensors",
                      tmp_path / "out")
     assert rows[0]["label"] in ("Pushing it", "Dropping it", "Turning it")
@@ -282,55 +326,67 @@ def test_a_mirrored_clip_changes_left_and_right(tmp_path):
     assert {cmr.VideoBatches(found, other)[0][1] for _ in range(8)} == {86}
 
 
-TINY = dict(rows=("TSN", "CMR"), clips=16, test_clips=16, steps=2, harder_clips=16)
+TINY = dict(rows=("TSN", "CMR"), clips=16, test_clips=16, steps=2, harder_clips=16, swell_rows=())
 
 
 def test_a_run_repeats_and_resumes(tmp_path):
     one = cmr.run(Config.preset("smoke", out_dir=tmp_path / "a", **TINY))
-    two = cmr.run(Config.preset("smoke", out_dir=tmp_path / "b", **TINY))
-    assert one.metrics == two.metrics
-    (tmp_path / "a" / "steps" / "seed0" / "CMR.npz").unlink()
-    assert cmr.run(Config.preset("smoke", out_dir=tmp_path / "a", **TINY)).metrics == one.metrics
+    steps = tmp_path / "a" / "steps" / "seed0" / "CMR"
+    assert {p.stem for p in steps.iterdir()} == {"first", "second-1", "measured"}
+    first = (steps / "first.npz").stat().st_mtime_ns
+    (steps / "second-1.npz").unlink()
+    (tmp_path / "a" / "steps" / "seed0" / "TSN" / "first.npz").unlink()
+    two = cmr.run(Config.preset("smoke", out_dir=tmp_path / "a", **TINY))
+    assert two.metrics == one.metrics and (steps / "first.npz").stat().st_mtime_ns == first
     saved = json.loads((tmp_path / "a" / "metrics.json").read_text())
     assert saved["chapter"] == "cmr" and set(saved["metrics"]) == {"TSN", "CMR", "single frames"}
+    assert saved["roles"] == {"single frames": "trivial", "TSN": "trivial"}
     assert (tmp_path / "a" / "weights.safetensors").stat().st_size < 1.5e6
 
 
-def test_later_seeds_train_the_rows_of_the_claim_alone(tmp_path):
-    report = cmr.run(Config.preset("smoke", out_dir=tmp_path, **TINY | dict(
-        rows=("TSN", "TIM", "CMR"), n_seeds=2, all_rows_seeds=1, curve_clips=(8,))))
+def test_both_worlds_and_the_curve(tmp_path):
+    config = Config.preset("smoke", out_dir=tmp_path, **TINY | dict(
+        rows=("TIM", "TIM+SME", "CMR"), n_seeds=2, curve_steps=(2,), curve_rows=("TIM",), curve_seeds=1,
+        swell_rows=("TIM", "TIM+CME")))
+    report = cmr.run(config)
     count = {row: {k: len(v) for k, v in found.items()} for row, found in report.metrics.items()}
-    assert count["TSN"]["top-1"] == 1 and count["TIM"]["top-1"] == count["CMR"]["top-1"] == 2
-    assert count["TIM"]["8 clips"] == 1
-    gap, half = report.difference("TIM", "TSN", "top-1")        # over the seed that both have
-    assert gap == report.values("TIM", "top-1")[0] - report.values("TSN", "top-1")[0] and half == float("inf")
+    assert count["TIM"]["top-1"] == count["TIM"]["swells top-1"] == 2 and count["TIM"]["2 steps"] == 1
+    assert {"map rank", "map rank elsewhere"} <= set(count["TIM+SME"]) and "still ends" in count["CMR"]
+    assert "2 steps" not in count["CMR"] and set(count["TIM+CME"]) == {k for k in count["TIM+CME"] if "swells" in k}
+    assert report.metrics["TIM"]["1 steps"] == report.metrics["TIM"]["top-1"]
+    assert report.claim.n == 2 and report.claim.text.endswith("CMR − TIM")
+    assert [f.text.split(": ")[1] for f in report.findings] == ["TIM+CME − TIM"]
+    bare, second = (report.arrays[f"0/TIM/{k}loss"] for k in ("swells ", ""))
+    assert len(bare) == 1 and len(second) == 3
 
 
-def test_training_goes_from_bare_clips_to_cluttered_ones(monkeypatch):
-    config = Config.preset("smoke", clips=16, harder_clips=8, curve_clips=(16,), curve_rows=("TIM",), test_clips=8,
-                           harder_steps=3, test_clutter=(), test_shake=())
-    world, seen, real = cmr.World(config, 0), [], cmr.train
+def test_the_second_stage_goes_on_from_the_first(monkeypatch):
+    config, seen, real = Config.preset("smoke", **TINY), [], cmr.train
 
-    def spy(settings, network, clips, seed, folder=None):
-        seen.append((settings.steps, settings.rate, clips.frames.clone(), network.fc.weight.detach().clone()))
-        return real(settings, network, clips, seed, folder)
+    def spy(settings, network, clips, seed, steps, rate, folder=None):
+        seen.append((steps, rate, clips.frames.clone(), network.fc.weight.detach().clone()))
+        return real(settings, network, clips, seed, steps, rate, folder)
 
     monkeypatch.setattr(cmr, "train", spy)
-    found = world.fit(cmr.build(config, "TIM", 8), "TIM")
-    assert [(s, r, len(f)) for s, r, f, _ in seen] == [
-        (1, config.rate, 16), (3, config.harder_rate, 16), (3, config.harder_rate, 8)]
-    assert torch.equal(seen[1][3], seen[2][3])                  # each second stage starts where the first ended
-    assert torch.equal(seen[0][2], torch.as_tensor(two_sweeps(16, 3000, "train", config.side, clutter=0).frames))
-    assert torch.equal(seen[1][2][:8], seen[2][2]) and not torch.equal(seen[0][2][:8], seen[2][2])
-    assert {"8 clips", "16 clips", "top-1"} <= set(found) and found["8 clips"] == found["top-1"]
-    assert len(found["loss"]) == 4
+    begun = cmr.first_stage(config, "sweeps", "TIM", 3, 2)
+    for steps in (1, 2):
+        cmr.second_stage(config, "TIM", 3, begun, steps)
+    assert [(n, rate) for n, rate, *_ in seen] == [(2, 1e-2), (1, 5e-3), (2, 5e-3)]
+    assert torch.equal(seen[1][3], seen[2][3]) and torch.equal(seen[1][3], begun["weight.fc.weight"])
+    draw = lambda **kwargs: torch.as_tensor(two_sweeps(16, 5003, "train", config.side, **kwargs).frames)
+    assert torch.equal(seen[0][2], draw(clutter=0)) and torch.equal(seen[1][2], draw(clutter=3, start=16))
 
 
-def test_a_row_that_is_blind_to_order_does_not_start_again():
-    config = Config.preset("smoke", clips=8, harder_clips=8, test_clips=8, test_clutter=(), test_shake=(), starts=2)
-    world = cmr.World(config, 0)
-    starts = {row: world.fit(cmr.build(config, row, 8), row)["starts"] for row in ("TSN", "TIM")}
-    assert starts == {"TSN": 1, "TIM": 2}
+def test_a_row_that_is_blind_to_order_does_not_begin_again():
+    config = Config.preset("smoke", **TINY | dict(starts=2))
+    assert [cmr.first_stage(config, "sweeps", row, 0, 1)["starts"] for row in ("TSN", "TIM")] == [1, 2]
+
+
+def test_ranks_in_a_map():
+    maps = torch.arange(16.0).reshape(1, 1, 4, 4)
+    at = lambda x, y: cmr.rank_at(maps, torch.tensor([[[x, y]]]) / 4)
+    assert at(3.5, 3.5) == pytest.approx(15.5 / 16) and at(0.0, 0.0) == pytest.approx(0.5 / 16)
+    assert at(1.2, 0.0) == pytest.approx(1.5 / 16) and np.isnan(at(4.5, 0.0))
 
 
 def test_benchmark_counts_and_times():
@@ -341,27 +397,42 @@ def test_benchmark_counts_and_times():
     assert ours["parameters"] > 1.4 * plain["parameters"] and 1.3 < ours["MMAC"] / plain["MMAC"] < 1.5
 
 
-def test_apply_on_files(tmp_path):
+def test_apply_on_files_and_arrays(tmp_path):
     cmr.run(Config.preset("smoke", out_dir=tmp_path / "run", **TINY))
-    weights = tmp_path / "run" / "weights.safetensors"
-    write_video(tmp_path / "good.mp4", two_sweeps(1, 5).frames[0])
+    weights, film = tmp_path / "run" / "weights.safetensors", two_sweeps(1, 5).frames[0]
+    write_video(tmp_path / "good.mp4", film)
     (tmp_path / "bad.mp4").write_bytes(b"no video")
+    write_image(tmp_path / "still.png", film[0])
     np.save(tmp_path / "grey.npy", np.zeros((9, 20, 30), np.uint8))
-    rows = cmr.apply([tmp_path / "good.mp4", tmp_path / "bad.mp4", tmp_path / "grey.npy"], weights, tmp_path / "out")
-    assert rows[0]["label"] in cmr.CLASSES and sum(rows[0]["scores"].values()) == pytest.approx(1, abs=1e-3)
-    assert "error" in rows[1] and rows[2]["label"] in cmr.CLASSES
+    np.save(tmp_path / "rgba.npy", np.zeros((9, 20, 30, 4), np.uint8))
+    np.save(tmp_path / "flow.npy", np.zeros((9, 20, 30, 2), np.uint8))
+    np.save(tmp_path / "float.npy", np.random.default_rng(0).random((9, 20, 30, 3)))
+    np.save(tmp_path / "text.npy", np.full((9, 20, 30, 3), "a"))
+    names = ["good.mp4", "bad.mp4", "still.png", "grey.npy", "rgba.npy", "flow.npy", "text.npy", "float.npy"]
+    inputs = [tmp_path / n for n in names] + [film, torch.from_numpy(film), film[:1]]
+    rows = cmr.apply(inputs, weights, tmp_path / "out")
+    for k in (0, 3, 4, 7, 8, 9):
+        assert rows[k]["label"] in cmr.CLASSES and sum(rows[k]["scores"].values()) == pytest.approx(1, abs=1e-3)
+        assert (tmp_path / "out" / rows[k]["picture"]).exists() and "this book" in rows[k]["weights"]
+    assert rows[8]["scores"] == rows[9]["scores"]
+    for k, message in ((1, "not readable as video"), (2, "one picture"), (5, "2 channels"), (6, "text.npy"), (10, "a still")):
+        assert message in rows[k]["error"] and "label" not in rows[k]
     assert list(json.loads((tmp_path / "out" / "results.json").read_text())[0])[0] == "input"
-    for row in (rows[0], rows[2]):
-        assert (tmp_path / "out" / row["picture"]).exists()
+    assert cmr.apply(film, weights)[0]["label"] in cmr.CLASSES     # one film, and nothing written
     write_weights(tmp_path / "other.safetensors", {"a": torch.ones(2)})
     with pytest.raises(UserError, match="new_fc"):
         cmr.apply([tmp_path / "good.mp4"], tmp_path / "other.safetensors", tmp_path / "out")
 
 
-def test_the_claim_follows_the_numbers():
-    config = Config.preset("book")
-    metrics = lambda tim, mine, tsn: {"TIM": {"top-1": tim}, "CMR": {"top-1": mine}, "TSN": {"top-1": tsn}}
-    good = metrics([0.5, 0.5, 0.5], [0.6, 0.61, 0.62], [0.12, 0.13, 0.12])
-    assert cmr.judge(config, good).holds
-    assert not cmr.judge(config, metrics([0.5] * 3, [0.4, 0.9, 0.6], [0.125] * 3)).holds      # too uncertain
-    assert not cmr.judge(config, metrics([0.5] * 3, [0.6] * 3, [0.3] * 3)).holds              # a leak
+def test_claims_follow_the_numbers():
+    row = lambda *top, **more: {"top-1": list(top), **more}
+    good = {"TIM": row(0.5, 0.5, 0.5), "CMR": row(0.6, 0.61, 0.62), "TIM+SME": row(0.6, 0.6, 0.61),
+            "TIM+SME unmasked": row(0.6, 0.61, 0.6)}
+    claim, findings = cmr.claims(good)
+    assert isinstance(claim, Claim) and claim.verdict == "shown" and claim.effect == pytest.approx(11)
+    assert [f.verdict for f in findings] == ["undecided"]
+    assert cmr.claims({**good, "CMR": row(0.4, 0.9, 0.6)})[0].verdict == "undecided"
+    assert cmr.claims({**good, "CMR": row(0.50, 0.501, 0.502)})[0].verdict == "refuted"     # of no interest
+    checks = cmr.mechanism(Config.preset("book"), {"TSN": row(0.125, 0.126), "TIM+CME": row(
+        0.5, 0.5, **{"still ends": [0.4, 0.5], "freezing": [0.04, 0.05]})})
+    assert [c.holds for c in checks] == [True, False, False]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from facebook_nb import fpr
 from facebook_nb.experiment import Claim, Report
 from facebook_nb.files import UserError, read_json, read_weights, write_image
-from facebook_nb.fpr import MATCHED, OURS, PENALTIES, Config, How, Penalty
+from facebook_nb.fpr import MATCHED, OURS, PENALTIES, Config, HeadSettings, Penalty
 from facebook_nb.models.backbones import SmallResNet
 from tests import fpr_child
 
@@ -74,9 +74,14 @@ def test_fast_equals_literal(base, name):
         x, W, y = batch(pull=pull)
         up = torch.randn(24, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
         theirs = literal(x, W, y, 16, 0.3, base, VARIANTS[name])
-        ours, _ = fpr.penalised_logits(x, W, y, How(60, 16, 0.3, base, VARIANTS[name]))
+        ours, _ = fpr.penalised_logits(x, W, y, HeadSettings(60, 16, 0.3, base, VARIANTS[name]))
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
         for a, b in zip(*(torch.autograd.grad((z * up).sum(), (x, W)) for z in (ours, theirs))):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+        loss, _ = fpr.penalised_loss(x, W, y, HeadSettings(60, 16, 0.3, base, VARIANTS[name]))
+        theirs = F.cross_entropy(literal(x, W, y, 16, 0.3, base, VARIANTS[name]), y)
+        torch.testing.assert_close(loss, theirs, rtol=1e-10, atol=1e-10)
+        for a, b in zip(*(torch.autograd.grad(3 * l, (x, W)) for l in (loss, theirs))):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
@@ -87,7 +92,7 @@ def test_threshold_in_long_rows_with_ties(name):
     B, n, p = 40, 5000, VARIANTS[name]
     c = torch.randint(-50, 50, (B, n), generator=g) / 100
     t = torch.full((B,), 0.3)
-    c[:, 7] = fpr.OUT
+    c[:, 7] = fpr.EXCLUDED
     found = fpr.false_positives(c, t, p, n)
     fits = c <= (0.3 if p.negatives == "below_target" else 2)
     ranked = c[fits & (c > -1.5)].sort(descending=True).values
@@ -95,14 +100,15 @@ def test_threshold_in_long_rows_with_ties(name):
     assert found.hard == hard and found.k == fpr.threshold_rank(p, B, n, hard)
     assert found.threshold == ranked[found.k - 1]
     mask = torch.zeros(B, n, dtype=torch.bool)
-    mask[found.rows, found.columns] = True
-    assert torch.equal(mask, fits & (c > found.threshold)) and torch.equal(c[found.rows, found.columns], found.values)
+    i, j, v = found.entries()
+    mask[i, j] = True
+    assert torch.equal(mask, fits & (c > found.threshold)) and torch.equal(c[i, j], v)
 
 
 def test_no_candidate_left_gives_the_base_loss():
     W = F.normalize(torch.randn(7, 4, generator=torch.Generator().manual_seed(0)))
     x = -W[:3]                                              # nothing is less alike than the own one
-    hows = [How(7, 8, 0.3, penalty=p) for p in (PENALTIES["official"], None)]
+    hows = [HeadSettings(7, 8, 0.3, penalty=p) for p in (PENALTIES["official"], None)]
     y = torch.arange(3)
     (a, seen), (b, _) = (fpr.penalised_logits(x.requires_grad_(), W, y, how) for how in hows)
     assert torch.equal(a, b) and seen.k == 0 and seen.selected == 0 and math.isnan(seen.threshold)
@@ -114,7 +120,7 @@ def test_no_candidate_left_gives_the_base_loss():
 def test_cross_entropy_is_that_of_torch():
     z = (30 * torch.randn(20, 4000, generator=torch.Generator().manual_seed(0))).requires_grad_()
     y = torch.arange(20)
-    ours, theirs = fpr.split_cross_entropy(z, y, How(4000)), F.cross_entropy(z, y)
+    ours, theirs = fpr.split_cross_entropy(z, y, HeadSettings(4000)), F.cross_entropy(z, y)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(*(torch.autograd.grad(3 * loss, z)[0] for loss in (ours, theirs)), atol=1e-7, rtol=1e-5)
 
@@ -137,7 +143,7 @@ def test_sharded_head_equals_the_whole(ranks, tmp_path):
         sizes = sizes if ranks == 3 else [sizes[0], sum(sizes[1:])]
         what.append(dict(x=x, W=W, y=y, sizes=sizes, how=how))
         x, W = x.clone().requires_grad_(), W.clone().requires_grad_()
-        z, seen = fpr.penalised_logits(x, W, y, How(**how))
+        z, seen = fpr.penalised_logits(x, W, y, HeadSettings(**how))
         loss = F.cross_entropy(z, y)
         wholes.append((z, loss, *torch.autograd.grad(loss, (x, W)), seen))
     fpr_child.start(ranks, tmp_path, "many", what)
@@ -146,7 +152,7 @@ def test_sharded_head_equals_the_whole(ranks, tmp_path):
         mine = [part[job] for part in parts]
         for part in mine:
             assert abs(part["loss"] - loss) <= 1e-5
-            assert part["info"][:4] == list(seen[2:6])
+            assert part["info"][:4] == [a.item() for a in seen[2:6]]
             torch.testing.assert_close(part["rho"], seen.rho)
         torch.testing.assert_close(torch.cat([part["z"] for part in mine], 1), z, rtol=1e-5, atol=1e-4)
         for key, whole in (("d_x", d_x), ("d_W", d_W)):
@@ -173,7 +179,7 @@ def test_head_on_a_device_in_bf16(device):
         head.weight.copy_(W)
     with torch.autocast(device.type, torch.bfloat16):
         loss = head(x.detach().to(device), y.to(device))
-    z, _ = fpr.penalised_logits(x, W, y, How(60))
+    z, _ = fpr.penalised_logits(x, W, y, HeadSettings(60))
     torch.testing.assert_close(loss.cpu(), F.cross_entropy(z, y), rtol=1e-4, atol=1e-4)
     loss.backward()
     assert torch.isfinite(head.weight.grad).all()
@@ -188,22 +194,35 @@ def test_start_does_not_depend_on_the_processes():
 
 
 @pytest.mark.parametrize("change, message", [
-    (dict(classes=1), "classes=1"), (dict(base="sphere"), "sphere"), (dict(penalty="strong"), "strong")])
+    (dict(classes=1), "classes=1"), (dict(base="sphere"), "sphere"), (dict(penalty="strong"), "strong"),
+    (dict(s=0.0), "s=0"), (dict(s=math.nan), "s=nan"), (dict(m=4.0, base="arcface"), "m=4"), (dict(m=-0.1), "m=-0.1")])
 def test_head_refuses(change, message):
     with pytest.raises(UserError, match=message):
         fpr.FPRHead(**dict(dim=4, classes=5) | change)
 
 
 @pytest.mark.parametrize("change", [
-    dict(negatives="none"), dict(rate=0.0), dict(rate=1.0), dict(power=-1), dict(average="sum"), dict(detach="all")])
+    dict(negatives="none"), dict(rate=0.0), dict(rate=1.0), dict(power=-1), dict(average="sum"), dict(detach="all"),
+    dict(alpha=math.nan), dict(alpha=-1.0)])
 def test_penalty_refuses(change):
     with pytest.raises(UserError, match=f"penalty: {[*change][0]}"):
         Penalty(**change)
 
 
-def test_a_class_that_does_not_exist():
-    with pytest.raises(UserError, match="0 to 4"):
-        fpr.FPRHead(3, 5)(torch.randn(2, 3), torch.tensor([1, 5]))
+@pytest.mark.parametrize("x, y, message", [
+    (torch.ones(2, 3), [1, 5], "classes 1 to 5: the head has 0 to 4"), (torch.ones(0, 3), [], "no images"),
+    (torch.ones(2, 3), [1.0, 2.0], "integers"), (torch.ones(2, 3), [[1], [2]], r"classes \(2, 1\)"),
+    (torch.ones(2, 4), [1, 2], r"\(B, 3\) floating"), (torch.tensor([[1.0, 2, 3], [1, math.nan, 3]]), [1, 2], "1 of 2")])
+def test_a_batch_that_makes_no_sense_is_said(x, y, message):
+    y = torch.tensor(y) if y else torch.zeros(0, dtype=torch.long)
+    with pytest.raises(UserError, match=message):
+        fpr.FPRHead(3, 5)(x, y)
+
+
+def test_a_rate_at_which_nothing_is_penalised_is_said():
+    fpr._warn_if_idle.cache_clear()
+    with pytest.warns(UserWarning, match="r_u=0.0001 of 4 × 9 cosines leaves none"):
+        fpr.FPRHead(3, 10, penalty="paper")(torch.randn(4, 3), torch.arange(4))
 
 
 def test_group_rates_by_hand():
@@ -247,51 +266,77 @@ def test_benchmark_has_its_rows():
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    config = Config.preset("smoke", out_dir=tmp_path_factory.mktemp("fpr") / "run", people=(4, 4, 3, 3), trunk_people=2,
-                           trunk_steps=3, steps=4, batch_size=16)
+    config = Config.preset("smoke", out_dir=tmp_path_factory.mktemp("fpr") / "run", people=(3, 4), steps=(4, 5),
+                           test_people=4, trunk_people=2, trunk_steps=3, camera_people=4, batch_size=16, alphas=())
     return config, fpr.run(config)
 
 
 def test_a_run_resumes_and_leaves_its_parts(smoke):
     config, report = smoke
-    assert {OURS, MATCHED, fpr.ORACLE} < set(report.metrics)
-    assert report.mean(fpr.ORACLE, "ratio of FMR") == 1                     # by construction
+    assert {OURS, MATCHED, fpr.ORACLE, fpr.UNTRAINED, f"{OURS}, 3 a group"} < set(report.metrics)
+    assert report.roles == {MATCHED: "baseline", fpr.UNTRAINED: "trivial", fpr.ORACLE: "ceiling"}
     assert abs(report.mean(OURS, "margin") - report.mean(MATCHED, "margin")) < 1e-6
     assert report.mean(OURS, "margin") > report.mean("CosFace", "margin") == config.m
+    assert report.claim.verdict == "undecided" and len(report.mechanism) == 3 * 2 + 1
     again = fpr.run(config)
-    assert again.metrics == report.metrics
-    assert "top.0.weight" in read_weights(config.out_dir / "weights.safetensors")
+    assert again.metrics == report.metrics and again.seconds == report.seconds
+    assert {"camera.weight", "top.0.weight"} < set(read_weights(config.out_dir / "weights.safetensors"))
+
+
+def test_people_differ_from_seed_to_seed_and_between_parts(smoke):
+    config, _ = smoke
+    camera = dict(np.load(config.out_dir / "steps" / "camera.npz"))
+    camera.pop("_about")
+    see = lambda *what: fpr.see_crowd(config, camera, *what)["features"]
+    first = see(0, "train", 1)[:2]
+    assert all((first - see(*other)[:2]).abs().max() > 0.1 for other in ((0, "test", 1), (1, "train", 1)))
+    parts = [{"features": np.full((6, 2, 3), g), "person": np.arange(6) // 2} for g in range(4)]
+    f, person, group = fpr.take_people(parts, 2)
+    assert f.shape == (16, 2, 3) and (f[:, 0, 0] == group).all()
+    assert person.tolist() == np.arange(8).repeat(2).tolist() and group.tolist() == np.arange(4).repeat(4).tolist()
 
 
 def test_rows_share_start_and_batches():
     """A margin added in every step is a CosFace with this margin."""
-    config = Config.preset("smoke", steps=4, batch_size=8)
-    crowd = fpr.Crowd(None, np.arange(20) % 5, np.arange(20) % 5 % 4)
-    features = torch.randn(20, 2, 32, generator=torch.Generator().manual_seed(0))
-    a = fpr.train_top(config, features, crowd, 3, "cosface", None, 0.3)
-    b = fpr.train_top(config, features, crowd, 3, "cosface", None, 0.2, [0.1] * 4)
-    c = fpr.train_top(config, features, crowd, 3, "cosface", None, 0.2)
-    np.testing.assert_allclose(a[1].losses["loss"], b[1].losses["loss"], rtol=1e-5)
-    assert abs(np.array(a[1].losses["loss"]) - c[1].losses["loss"]).max() > 0.1
+    config = Config.preset("smoke", batch_size=8)
+    rng = np.random.default_rng(0)
+    crowd = rng.normal(size=(40, 2, 32)).astype(np.float32), np.arange(40) // 4, np.arange(40) // 20
+    row = lambda m, extra=None: fpr.train_row(config, 3, 4, crowd, crowd, "cosface", m, extra=extra)
+    a, b, c = row(0.3), row(0.2, np.full(4, 0.1)), row(0.2)
+    np.testing.assert_allclose(a["top.0.weight"], b["top.0.weight"], rtol=1e-4, atol=1e-6)
+    assert abs(a["top.0.weight"] - c["top.0.weight"]).max() > 1e-4 and abs(a["margin"] - b["margin"]) < 1e-6
 
 
-@pytest.mark.parametrize("ours, tar, holds", [
-    ([0.5, 0.4], [80, 84], True),           # narrower in both, TAR as it was
-    ([0.5, 0.7], [80, 84], False),          # wider in one
-    ([0.5, 0.4], [75, 79], False),          # TAR lost
-])
-def test_the_rule_of_the_claim(ours, tar, holds):
-    metrics = {OURS: {"std of FMR": ours, "TAR": tar}, MATCHED: {"std of FMR": [0.6, 0.6], "TAR": [80, 84]}}
-    claim = fpr.judge_claim(Report("fpr", "book", [0, 1], metrics, Claim("", False, ""), 0.0))
-    assert claim.holds is holds and "std of the groups' FMR" in claim.effect
+@pytest.mark.parametrize("ours, verdict", [([.20, .21, .19], "shown"), ([.20, .35, .24], "undecided"),
+                                           ([.31, .32, .30], "refuted")])
+def test_the_rule_of_the_claim(smoke, ours, verdict):
+    config, report = smoke
+    matched = {m: [.25, .26, .25] if m == "log std" else [1.0, 1.1, 1.2] for m in fpr.METRICS}
+    rows = {row: dict(matched) for row in report.metrics}
+    rows[OURS] |= {"log std": ours, "train Gini": [.5, .6, .7], "loss before": [1.02, 1.11, 1.21]}
+    made = Report("fpr", "book", [0, 1, 2], rows, Claim("", 0, None), 0.0)
+    fpr.judge_report(config, made)
+    assert made.claim.verdict == verdict and "new people" in made.claim.text
+    holds = {c.text.split(":")[0]: c.holds for c in made.mechanism}
+    assert holds["training images against training prototypes, 4 identities a group"]
+    assert not holds["pairs of test images, 4 identities a group"] and holds["every training has levelled off"]
+
+
+def test_a_link_finds_who_is_confused():
+    W = F.normalize(torch.tensor([[1.0, 0, 0], [0.9, 0.4, 0], [0, 1, -1], [0, 0, 1]]), dim=1)
+    link = fpr.prototype_link(W, W, np.arange(4), np.array([0, 0, 1, 1]), np.arange(4), far=2 / 12)
+    assert link["rates"].tolist() == [2, 0] and link["Gini"] == 0.5
+    images = W[[0, 0, 2]]               # of new people: nothing is their own
+    link = fpr.prototype_link(images, W, np.array([0, 0, 1]), np.array([0, 0, 1]), far=3 / 12)
+    assert link["rates"].tolist() == [1, 1]
 
 
 def test_persons_and_gini():
     e = F.normalize(torch.tensor([[1.0, 0], [1, 0.1], [1, 0.05], [0, 1], [0.2, -1], [0, 1]]), dim=1)
     pairs = fpr.inside_pairs(e, np.array([0, 0, 1, 1, 2, 2]), np.array([0, 0, 0, 0, 1, 1]))
-    assert len(pairs.scores) == 6 + 1 and set(pairs.group) == {"0", "1"}
-    strangers = ~pairs.same
-    rates = fpr.person_rates(pairs.scores[strangers] > 0.9, pairs.i[strangers], pairs.j[strangers], 3)
+    assert len(pairs.scores) == 6 + 1 and set(pairs.group) == {0, 1}
+    no = ~pairs.same
+    rates = fpr.person_rates(pairs.scores[no] > 0.9, pairs.i[no], pairs.j[no], 3)
     assert rates.tolist() == [0.5, 0.5, 0]
     assert fpr.gini(np.zeros(5)) == 0 and abs(fpr.gini(np.array([1, 2, 3])) - 2 / 9) < 1e-12
 
@@ -323,31 +368,61 @@ def pictures(tmp_path_factory):
 
 
 def test_apply_judges_groups_and_names_damaged_pictures(smoke, pictures, tmp_path):
-    rows = fpr.apply([pictures, tmp_path / "gone.csv"], smoke[0].out_dir / "weights.safetensors", tmp_path / "out")
-    first, *errors = rows
-    assert {row["input"] for row in errors} == {"a0-0.png", "b4-4.png", str(tmp_path / "gone.csv")}
-    assert all("error" in row for row in errors) and "error" not in first
+    weights = smoke[0].out_dir / "weights.safetensors"
+    first, gone = fpr.apply([pictures, tmp_path / "gone.csv"], weights, tmp_path / "out")
+    assert "no such file" in gone["error"] and first["weights"] == gone["weights"] == str(weights)
+    assert {d["picture"] for d in first["damaged"]} == {"a0-0.png", "b4-4.png"} and first["faces"] == {"given aligned": 48}
     assert set(first["groups"]) == {"a", "b"} and first["groups"]["a"]["impostor_pairs"] == 250 - 20
     rates = [g["fmr"] for g in first["groups"].values()]
     assert abs(first["std_fmr"] - np.std(rates)) < 1e-6 and first["pairs"] == 2 * (300 - 24)
-    assert first["fmr"] <= fpr.report_rate(460) == 0.1
-    assert read_json(tmp_path / "out" / "results.json") == rows
+    assert first["fmr"] <= fpr.report_rate(460) == 0.1 and first["intervals_over"] == "people"
+    assert read_json(tmp_path / "out" / "results.json") == [first, gone]
     assert (tmp_path / "out" / first["picture"]).stat().st_size > 1000
 
 
+def scored(n=4000, seed=1, groups=("x", "y")):
+    rng = np.random.default_rng(seed)
+    same, group = rng.random(n) < 0.3, rng.choice(groups, n)
+    return np.round(rng.normal(2.0 * same), 3), same.astype(int), group
+
+
 def test_apply_takes_scores_as_they_are(tmp_path):
-    rng = np.random.default_rng(1)
-    same, group = rng.random(4000) < 0.3, rng.choice(["x", "y", ""], 4000)
-    score = np.round(rng.normal(2.0 * same), 3)
-    table = write_table(tmp_path / "s.csv", zip(score, same.astype(int), group), ("score", "same", "group"))
-    [row] = fpr.apply([table])
-    far = 1e-2
-    expected = fpr.group_rates(score, same, group, far)
-    assert row["threshold"] == expected.threshold and row["std_fmr"] == expected.std_fmr
-    assert abs(row["groups"]["y"]["fnmr"] - expected.fnmr[1]) < 1e-6
-    bfw = write_table(tmp_path / "bfw.csv", zip(score, same.astype(int), group, np.where(group == "", "z", group)),
+    score, same, group = scored(groups=("x", "y", ""))
+    table = write_table(tmp_path / "s.csv", zip(score, same, group), ("score", "same", "group"))
+    [row] = fpr.apply(table)                                                # one path is one list
+    expected = fpr.group_rates(score, same, group, 1e-2)
+    assert row["threshold"] == expected.threshold and row["std_fmr"] == expected.std_fmr and not row["warnings"]
+    assert abs(row["groups"]["y"]["fnmr"] - expected.fnmr[1]) < 1e-6 and "scores as given" in row["weights"]
+    for g in row["groups"].values():
+        assert g["fmr_interval"][0] <= g["fmr"] <= g["fmr_interval"][1]
+    bfw = write_table(tmp_path / "bfw.csv", zip(score, same, group, np.where(group == "", "z", group)),
                       ("score", "label", "att1", "att2"))
     assert fpr.apply([bfw])[0]["std_fmr"] == row["std_fmr"]                 # names as BFW has them
+    text = table.read_text()
+    for name, changed in (("semicolons", text.replace(",", ";")), ("tabs", text.replace(",", "\t")),
+                          ("heads", text.replace("score,same,group", " Score, SAME ,Group")),
+                          ("points", text.replace(",", ";").replace(".", ","))):
+        (tmp_path / "t.csv").write_text(changed)
+        assert fpr.apply(tmp_path / "t.csv")[0].get("std_fmr") == row["std_fmr"], name
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s, y, g: (-s, y, g), "look like distances"), (lambda s, y, g: (0 * s + .5, y, g), "all scores are 0.5"),
+    (lambda s, y, g: (s, y, np.full(len(s), "x")), "one group")])
+def test_scores_that_compare_nothing_are_told(change, words, tmp_path):
+    table = write_table(tmp_path / "s.csv", zip(*change(*scored())), ("score", "same", "group"))
+    [row] = fpr.apply([table])
+    assert words in row["warnings"][0] and row["ratio_fmr"] is None and row["std_fmr"] is None
+
+
+def test_intervals_are_over_people():
+    """Half of the people have all errors: the interval is that of people, not of their many pairs."""
+    n, each = 30, 40
+    who = np.repeat(np.arange(n), each)
+    low, high = fpr.person_intervals(np.isin(who, range(n // 2)), who, who)
+    half = 1.96 * (0.25 / n) ** 0.5
+    assert abs(low - (0.5 - half)) < 0.06 and abs(high - (0.5 + half)) < 0.06
+    assert fpr.person_intervals(np.zeros(5, bool), np.arange(5), np.arange(5)) == (0, 1 - 0.025 ** 0.2)
 
 
 @pytest.mark.parametrize("text, message", [
@@ -362,9 +437,17 @@ def test_tables_that_cannot_be_used(text, message, tmp_path):
     assert message in row["error"]
 
 
-def test_a_pickle_is_not_opened(tmp_path):
+def test_a_pickle_is_not_opened_and_a_picture_is_no_list(tmp_path):
     (tmp_path / "t.pkl").write_bytes(b"x")
-    assert "can run programs" in fpr.apply([tmp_path / "t.pkl"])[0]["error"]
+    pickle, array = fpr.apply([tmp_path / "t.pkl", np.zeros((8, 8, 3), np.uint8)])
+    assert "can run programs" in pickle["error"] and "path of a table" in array["error"]
+
+
+def test_groups_without_a_name_are_said():
+    score, same, group = scored(100)
+    for nothing in (None, float("nan")):
+        with pytest.raises(UserError, match="group: 1 of 100 are missing"):
+            fpr.group_rates(score, same, np.array([nothing, *group[1:]], dtype=object))
 
 
 # --- full scale
@@ -410,6 +493,7 @@ SETTINGS = dict(network="tiny", batch_size=6, epochs=1, workers=0)
 
 def test_the_full_preset_runs_on_the_real_formats_with_one_process_and_two(stored, tmp_path, monkeypatch):
     assert fpr.check_data(stored).usable and "RFW" in str(fpr.check_data(stored))
+    assert not fpr.check_data(stored / "rfw").usable                        # `full` would not start
     monkeypatch.setitem(fpr.NETWORKS, "tiny", lambda: SmallResNet(512, 2, 112))
     config = Config.preset("full", data_root=stored, out_dir=tmp_path / "one", **SETTINGS)
     report = fpr.run(config)
@@ -421,17 +505,17 @@ def test_the_full_preset_runs_on_the_real_formats_with_one_process_and_two(store
                                               settings=SETTINGS | dict(rows=(OURS,))))
     two = [torch.load(tmp_path / f"full-{rank}.pt") for rank in range(2)]
     assert two[0] == two[1] and [*two[0]] == [OURS]
-    assert list((tmp_path / "two" / "row0" / "checkpoints").glob("step-*.safetensors"))
+    assert list((tmp_path / "two" / "work").rglob("step-*.safetensors"))
 
 
 def test_full_lists_what_is_missing(stored, tmp_path):
     (tmp_path / "train" / "ann").mkdir(parents=True)
-    with pytest.raises(UserError, match="missing rfw with RACE_test.bin.*network 'huge'"):
+    with pytest.raises(UserError, match="missing rfw with RACE_test.bin.*no images in folders.*network 'huge'"):
         fpr.run(Config.preset("full", data_root=tmp_path, network="huge"))
     with pytest.raises(UserError, match="needs a folder"):
         fpr.run(Config.preset("full"))
     report = fpr.check_data(tmp_path)
-    assert not report.usable and "missing: rfw" in str(report) and "no images in folders" in str(report)
-    assert fpr.check_data(stored / "rfw").usable and fpr.check_data(stored / "bfw").usable
+    assert not report.usable and "missing rfw" in str(report) and "no images in folders" in str(report)
+    assert "pairs" in str(fpr.check_data(stored / "rfw")) and "pairs" in str(fpr.check_data(stored / "bfw"))
     with pytest.raises(UserError, match="needs 'CosFace"):
         fpr.run(replace(Config.preset("full", data_root=stored, rows=(MATCHED,)), out_dir=tmp_path / "r"))

@@ -5,10 +5,9 @@ import math
 import multiprocessing
 import os
 import random
-import signal
 import shutil
+import signal
 import socket
-import subprocess
 import sys
 import time
 import types
@@ -566,7 +565,7 @@ def test_scalars_for_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
 def server():
     """Children forked from a process that has imported torch, but never used it: a start costs 0.1 s, not 3."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "facebook_nb.training"])
+    context.set_forkserver_preload(["torch.distributed", "torch._dynamo", "facebook_nb.training"])
     return context
 
 
@@ -719,17 +718,6 @@ def test_a_head_sharded_by_class_equals_a_whole_one(pair):
     for state, rows in ((first, slice(0, 3)), (second, slice(3, 6))):
         expected = {**whole, "head.weight": whole["head.weight"][rows]}
         same(weights(state), expected, rtol=1e-9, atol=1e-12)
-
-
-def test_started_by_a_launcher(tmp_path):
-    """Also: importing the module loads neither Accelerate nor a plotting library."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    child.__file__, str(tmp_path)], check=True, env=environment, timeout=120, capture_output=True)
-    args = child.plain()
-    fit(*args, device="cpu")
-    for rank in (0, 1):
-        same(read_weights(tmp_path / f"plain-{rank}.safetensors"), args[0].state_dict(), rtol=1e-9, atol=1e-12)
 
 
 # --- speed ---

@@ -1,10 +1,6 @@
-"""What the processes of test_training.py run: problems small enough for a test, and entry points.
-
-As a script (accelerate launch, torchrun) it trains the plain problem and saves each process's weights to argv[1].
-"""
+"""What the processes of test_training.py run: problems small enough for a test, and entry points."""
 import os
 import signal
-import sys
 import warnings
 from pathlib import Path
 
@@ -202,14 +198,3 @@ def member(rank, ranks, port, out):
         except training.TrainingError as error:
             (out / f"error-{rank}.txt").write_text(str(error))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    late = sorted({"accelerate", "tensorboard", "matplotlib", "cv2", "sklearn", "dlib"} & set(sys.modules))
-    assert not late, f"importing facebook_nb.training loads {late}"
-    torch.set_num_threads(1)
-    args = plain()
-    fit(*args)
-    write_weights(Path(sys.argv[1]) / f"plain-{os.environ.get('RANK', 0)}.safetensors", args[0].state_dict())
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -72,10 +72,11 @@ def test_head(cases, name):
     penalty = None if base == "arcface" or name == "cosface" else fpr.PENALTIES["official"]
     W = kernel.T.contiguous().requires_grad_()
     x.requires_grad_()
-    how = fpr.How(n, s, m, base, penalty)
+    how = fpr.HeadSettings(n, s, m, base, penalty)
     output, seen = fpr.penalised_logits(x, W, y, how)
-    loss = fpr.split_cross_entropy(output, y, how)
+    loss, _ = fpr.penalised_loss(x, W, y, how)
     check(cases, f"{name}/output", output, atol=1e-5 * s)
+    torch.testing.assert_close(fpr.split_cross_entropy(output, y, how), loss)
     np.testing.assert_allclose(loss.item(), cases[f"{name}/loss"], rtol=1e-5, atol=1e-5)
     target = loss
     if name == "upstream":
@@ -95,7 +96,7 @@ def test_official_head_gives_logits_and_cosines(cases, name):
     _, _, _, s, m, _ = CASES[name]
     x, kernel, y = inputs(name)
     head = fpr.load_official({"some_set": {"module.kernel": kernel}})
-    head.how = head.how._replace(s=s, m=m)
+    head.settings = head.settings._replace(s=s, m=m)
     output, origin = head(x, y)
     check(cases, f"{name}/output", output, atol=1e-5 * s)
     check(cases, f"{name}/origin", origin, atol=1e-5 * s)
