@@ -630,6 +630,16 @@ class Tiny(afsd.AFSD):
         self.detector = afsd.Detector(first, classes, c=16, groups=4)
 
 
+def tiny_full(root):
+    """For tests.together: a clip for each of the processes."""
+    write_thumos(root, "json")
+    return dict(data_root=root, start=None, steps=1, workers=0, batch_size=2)
+
+
+def stand_ins():
+    afsd.AFSD = Tiny
+
+
 def test_full_preset_on_a_tiny_thumos14(tmp_path, monkeypatch):
     write_thumos(tmp_path, "json")
     with pytest.raises(UserError, match="data_root.*rgb_imagenet.pt"):
