@@ -34,7 +34,8 @@ from .experiment import (
     Claim, book_root, device_name, differences, environment, finished_steps,
     half_width, own_folder, read_ledger, record, seed_differences,
     step_is_current, with_interval)
-from .files import UserError, read_json, write_atomic, write_json
+from .files import (
+    UserError, list_shipped, read_json, write_atomic, write_json)
 from .processes import (
     ask_first, end_with_parent, is_main, launch)
 
@@ -703,13 +704,18 @@ def reproduce(
             "--one-seed", help="Only check the first seed of each chapter.")]
         = False,
         dry_run: Annotated[bool, typer.Option(
-            "--dry-run", help="Only say what would be done.")] = False):
+            "--dry-run", help="Only say what would be done.")] = False,
+        due: Annotated[str | None, typer.Option(
+            metavar="WHY", help="Store outputs of preset smoke, and say on "
+            "the page that the experiment is to be recorded.")] = None):
     """Run at preset book, compare with the ledger, store the outputs.
 
     May be stopped and started again at any moment.
     """
     root = book_root()
     chosen = _notebooks(names, root)
+    if due:
+        return _due([n for n in chosen if n.stem in CHAPTERS], due, root)
     if one_seed:
         return _one_seed([n.stem for n in chosen if n.stem in CHAPTERS], root)
     plans = [plan_of(n, root) for n in chosen]
@@ -774,8 +780,27 @@ def _keep(notebook: Path, root: Path, accept: bool) -> list[str]:
             target.mkdir(exist_ok=True)
             with write_atomic(target / f"{notebook.stem}.safetensors") as p:
                 shutil.copyfile(weights, p)
+            list_shipped(target)
     store(folder / notebook.name, notebook, mark)
     return lines
+
+# %% ../nbs/foundations/cli.ipynb #due
+def _due(notebooks: list[Path], why: str, root: Path) -> None:
+    place = _emptied(root / "runs" / "due")
+    outcomes = execute_all([
+        (n, place / n.stem / n.name,
+         {"preset": "smoke", "out_dir": str(place / n.stem)})
+        for n in notebooks], typer.echo)
+    _say_failed(outcomes)
+    for notebook, outcome in zip(notebooks, outcomes):
+        if not outcome.error:
+            mark = stamp(notebook, "smoke")
+            store(place / notebook.stem / notebook.name, notebook, mark)
+            entry = read_ledger(notebook.stem, root) or read_json(
+                place / notebook.stem / "metrics.json")
+            record(entry, {"due": why, "digest": mark["digest"]}, root)
+    if any(o.error for o in outcomes):
+        raise typer.Exit(1)
 
 # %% ../nbs/foundations/cli.ipynb #one_seed
 def _run_one_seed(chapter: str, folder: Path) -> Outcome:

@@ -15,7 +15,6 @@ __all__ = ['ROWS', 'DEPTHS', 'MEAN', 'STD', 'CLASSES', 'WORLDS', 'MIRRORED', 'RO
 # %% ../nbs/chapters/cmr.ipynb #imports
 import functools
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -1154,7 +1153,7 @@ def claims(metrics: Mapping):
                                 SMALLEST, unit="points of top-1"))
         elif not found:         # the claim itself: nothing to decide it by
             found.append(decide(f"{text}: {row} or {other} was left out",
-                                [math.nan], SMALLEST))
+                                [0.0], SMALLEST))
     return found[0], found[1:]
 
 # %% ../nbs/chapters/cmr.ipynb #mechanism

@@ -43,9 +43,12 @@ def _checked(chapter: str, name: str, kind, value):
         return adapter.validate_python(value)
     except ValidationError as first:
         if isinstance(value, str):
-            for text in (value, f"[{value}]"):      # 8, "null", or 1,2,3
+            for read, text in (             # 8, "null", 1,2,3, or a,b
+                    (adapter.validate_json, value),
+                    (adapter.validate_json, f"[{value}]"),
+                    (adapter.validate_python, value.split(","))):
                 try:
-                    return adapter.validate_json(text)
+                    return read(text)
                 except ValidationError:
                     pass
         why = first.errors()[0]["msg"]
@@ -426,6 +429,8 @@ class Claim:
         return "refuted" if high < self.smallest_effect else "undecided"
 
     def __str__(self) -> str:
+        if self.effect is None or self.effect != self.effect:
+            return f"{self.verdict}: not measured"
         size = max(map(abs, self.interval or [self.effect])) or 1
         digits = min(4, max(0, 2 - int(np.floor(np.log10(size) + 1))))
         number = lambda x: f"{x:+.{digits}f}"
@@ -463,7 +468,7 @@ def decide(text: str, differences, smallest_effect: float = 0.0,
     if not len(d) or smallest_effect < 0:
         raise ValueError(f"decide: {len(d)} differences, smallest effect "
                          f"{smallest_effect}; at least 1, and at least 0")
-    half, mean = half_width(d), float(d.mean())
+    half, mean = half_width(d), float(d.mean())     # NaN: not measured
     interval = (mean - half, mean + half) if half == half else None
     return Claim(text, mean, interval, smallest_effect, lower, unit, len(d))
 

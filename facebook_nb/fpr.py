@@ -37,18 +37,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from facebook_nb.experiment import (
-    Check, Claim, Report, RunFolder, Settings, decide, half_width,
+    Check, Report, RunFolder, Settings, decide,
     weights_file)
 from .files import (
     DataCheck, UserError, load_strict, plumbing, progress, read_text,
     read_weights, write_atomic, write_weights)
 from .inputs import Item, apply_each
 from .metrics.verification import (
-    allowed_matches, far_threshold, fold_accuracy, tar_at_far)
+    allowed_matches, far_threshold, fold_accuracy)
 from .models.backbones import IR_BLOCKS, IRNet
 from .models.recognisers import align, crop_faces, five_points
 from .processes import (
-    count, everyone, gather_rows as rows_of_all, is_main, join, share)
+    everyone, gather_rows as rows_of_all, is_main, join, share)
 from facebook_nb.readers.faces import (
     FacePairs, Faces, Files, ReadReport, check, read_bfw, read_faces,
     read_rfw)

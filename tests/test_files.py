@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from facebook_nb import files
 from facebook_nb.files import (
     UserError,
     decode_image,
@@ -90,6 +91,29 @@ def test_weights_keep_values_types_and_metadata(tmp_path):
     back = read_weights(tmp_path / "w.safetensors")
     assert all(torch.equal(back[k], v) and back[k].dtype == v.dtype for k, v in tensors.items())
     assert read_metadata(tmp_path / "w.safetensors")["step"] == "7"
+
+
+def test_the_weights_of_the_package_are_those_in_the_list(tmp_path, monkeypatch):
+    for path in sorted(files.SHIPPED.glob("*.safetensors")):
+        read_metadata(path)
+    assert set(read_json(files.SHIPPED / "digests.json")) == {p.name for p in files.SHIPPED.glob("*.safetensors")}
+    monkeypatch.setattr(files, "SHIPPED", tmp_path)
+    write_weights(tmp_path / "a.safetensors", {"a": torch.ones(3)}, {"about": '{"side": 3}'})
+    files.list_shipped(tmp_path)
+    assert files.read_about(tmp_path / "a.safetensors") == {"side": 3}
+    write_weights(tmp_path / "a.safetensors", {"a": torch.ones(3)}, {"about": '{"side": 4}'})   # right in itself
+    with pytest.raises(UserError, match="a.safetensors: not the file that was shipped"):
+        read_weights(tmp_path / "a.safetensors")
+
+
+def test_a_header_that_was_changed_is_found(tmp_path):
+    path = tmp_path / "w.safetensors"
+    for about in ('{"side": 3}', "{", "[]", None):
+        write_weights(path, {"a": torch.ones(3)}, {"about": about} if about else {})
+        if about == '{"side": 3}':
+            path.write_bytes(path.read_bytes().replace(b'side\\": 3', b'side\\": 4'))
+        with pytest.raises(UserError, match="w.safetensors: (damaged|its header)"):
+            files.read_about(path)
 
 
 def test_one_flipped_bit_is_found(tmp_path):

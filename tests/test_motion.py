@@ -7,7 +7,7 @@ import pytest
 
 from facebook_nb.files import UserError
 from facebook_nb.readers.video import open_clip, segment_indices
-from facebook_nb.worlds.motion import motion_energy, two_sweeps, untrimmed, write_video
+from facebook_nb.worlds.motion import motion_energy, two_sweeps, two_swells, untrimmed, write_video
 
 
 def test_a_clip_does_not_depend_on_its_batch():
@@ -29,6 +29,19 @@ def test_bits_are_what_one_sees():
         assert (np.sign(np.diff(q[:, 1])) == (-1 if b else 1)).all()
     step = np.abs(np.diff(clips.mover[:, :12], axis=1)).max()
     assert step == pytest.approx(32 / 12, abs=1e-4)
+
+
+def test_swells_change_in_size_and_not_in_place():
+    clips = two_swells(8, seed=0, size=64, clutter=0)
+    alone = two_swells(1, seed=0, size=64, clutter=0, start=5)
+    assert (alone.frames[0] == clips.frames[5]).all() and alone.bits[0].tolist() == [1, 0, 1]
+    for frames, places, (o, a, b) in zip(clips.frames.astype(float), clips.mover, clips.bits):
+        for event, back in ((slice(0, 12), b if o else a), (slice(12, 24), a if o else b)):
+            assert np.ptp(places[event], axis=0).max() == 0
+            x, y = places[event][0].astype(int)
+            near = frames[event][:, max(0, y - 9) : y + 10, max(0, x - 9) : x + 10].mean((1, 2))   # its average colour
+            far = np.abs(near - near[-1 if not back else 0]).max(1)
+            assert (far[:3].mean() > far[-4:-1].mean()) != back         # goes towards that of the large one
 
 
 def test_unordered_draws_have_one_law_in_all_classes():
@@ -112,6 +125,8 @@ def test_untrimmed_boundaries_and_decoys():
     assert classes == set(range(5)) and max(lengths) > 10 * min(lengths)
     assert 0.1 < np.mean(slow) < 0.5
     assert 5 < sum(len(p.decoys) for p in world.plans) < 120
+    moved = untrimmed(6, seed=2, length=512, inset=0.2, decoys=0.04).plans
+    assert sum(len(p.decoys) for p in moved) > 1.5 * sum(len(p.decoys) for p in world.plans[:6])
 
 
 def test_motion_energy_tells_direction():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from facebook_nb.cli import CHAPTERS, has_code, is_written
+from facebook_nb.cli import CHAPTERS, has_code
 from facebook_nb.digests import source_digest
 from facebook_nb.experiment import read_ledger, step_is_current
 from tests.conftest import ROOT
@@ -42,13 +42,12 @@ def test_modules_are_what_the_notebooks_export(tmp_path):
 def test_stored_outputs_are_of_this_code(notebook):
     stamp = json.loads(notebook.read_text())["metadata"].get("facebook_nb")
     assert stamp, f"{notebook.stem}: facebook-nb reproduce {notebook.stem}"
-    assert stamp["preset"] == "book" and stamp["versions"]["torch"] and stamp["device"]
-    if notebook.stem in CHAPTERS and is_written(notebook):
-        entry = read_ledger(notebook.stem, ROOT)
-        assert entry["digest"] == stamp["digest"]
-        if "due" in entry:              # its page says that it is to be recorded anew
-            return
+    assert stamp["versions"]["torch"] and stamp["device"]
     assert stamp["digest"] == source_digest(notebook), f"stale: facebook-nb reproduce {notebook.stem}"
+    entry = read_ledger(notebook.stem, ROOT) if notebook.stem in CHAPTERS else {"digest": stamp["digest"]}
+    assert entry["digest"] == stamp["digest"]
+    # of a chapter whose experiment is still to be run its page says that these are outputs of smoke
+    assert stamp["preset"] == ("smoke" if "due" in entry else "book")
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)

@@ -1,6 +1,7 @@
 """The substitute chapter: the door, the losses, the attacks, the loop, the readers and the audit."""
 import gzip
 import pickle
+import re
 import struct
 import sys
 
@@ -61,6 +62,9 @@ def test_label_access_gives_labels_only():
     (lambda x: np.zeros((len(x), 3)), r"shape \(2, 3\)"),
     (lambda x: np.full((len(x), 2), np.nan), "finite"),
     (lambda x: np.full(len(x), 2), "label outside 0…1"),
+    (lambda x: np.tile([-3.0, 4.0], (len(x), 1)), "no probabilities; take the softmax"),
+    (lambda x: np.full((len(x), 2), 0.75), "sums up to 1.5"),
+    (lambda x: [["a", "b"]] * len(x), "finite probabilities"),
 ])
 def test_a_nonsensical_answer_is_told(answer, what):
     with pytest.raises(UserError, match=what):
@@ -85,6 +89,10 @@ def test_targets_of_all_kinds():
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
     with pytest.raises(UserError, match="cannot be called"):
         sub.classifier("https://example.org/predict")
+    for names in (np.array([-1, 1]), np.array(["a", "b"])):
+        told = KNeighborsClassifier().fit(x.reshape(40, -1), names[y // 2])
+        with pytest.raises(UserError, match="integers from 0"):
+            sub.classifier(told)
 
 
 def test_imitation_in_its_three_forms():
@@ -141,6 +149,22 @@ def test_sign_attacks_stay_in_their_ball_and_work(norm, eps, targeted):
     gain = F.cross_entropy(s(adv), goal) - F.cross_entropy(s(x), goal)
     assert (gain < 0) == targeted
     assert all(w.grad is None for w in s.parameters())
+
+
+def test_an_attack_leaves_its_model_and_refuses_what_is_no_radius():
+    s = nn.Sequential(nn.BatchNorm2d(1), nn.Dropout(), nn.Flatten(), nn.Linear(16, 3)).train()
+    s[1].eval()                                         # frozen by its owner
+    before = {k: v.clone() for k, v in s.state_dict().items()}
+    x, y = torch.rand(4, 1, 4, 4), torch.tensor([0, 1, 2, 0])
+    for attack in (lambda: sub.sign_attack(s, x, y, 0.1, 0.1, 2), lambda: sub.augment(s, x, y),
+                   lambda: sub.carlini_wagner(s, x, y, rounds=1, steps=2),
+                   lambda: sub.universal(s, x, 0.1, "cosine", generator(0), 2)):
+        attack()
+        assert s.training and s[0].training and not s[1].training
+        assert all(torch.equal(v, before[k]) for k, v in s.state_dict().items())
+    for eps, norm in ((8, "linf"), (-0.1, "linf"), (5, "l2")):
+        with pytest.raises(UserError, match="8/255"):
+            sub.sign_attack(s, x, y, eps, eps, 1, norm=norm)
 
 
 def test_fgsm_is_one_signed_step():
@@ -210,20 +234,35 @@ def test_one_perturbation_for_all(kind):
     assert not any(m._forward_hooks for m in s.modules()) and all(w.grad is None for w in s.parameters())
 
 
-def test_verdicts_of_a_perfect_substitute():
-    config = sub.Config.preset("book", **SMALL)
-    dreams = sub.Dreams(sub.ROWS["DDG + AST"], (1, 4, 4), 3, config)
-    s = linear()
-    found = sub.verdicts(s, dreams, sub.Door(s, 3, 0), config, 0, "adversarial")
-    assert found["wrong at x"] == found["wrong nearby"] == 0 and found["moves T"] == found["moves S"] > 0.2
-    assert (found["said"][..., 0] == found["said"][..., 1]).all() and found["pairs"].shape == (20, 2, 1, 4, 4)
-    fixed = sub.Door(lambda x: np.eye(3)[np.zeros(len(x), int)], 3, 0)
-    found = sub.verdicts(s, dreams, fixed, config, 0, "random")
-    assert found["moves T"] == 0 and found["wrong at x"] > 0
+def level(at):
+    """Class 0 where the mean of 4×4 pixels is above `at`, else class 1."""
+    s = nn.Sequential(nn.Flatten(), nn.Linear(16, 2))
+    s[1].weight.data = torch.tensor([[1.0], [-1.0]]).expand(2, 16).clone()
+    s[1].bias.data = torch.tensor([0.0, 32 * at])
+    return s
+
+
+def test_the_mechanism_of_boundary_queries_by_hand():
+    x = torch.full((3, 1, 4, 4), 0.5)
+    for far, gap in ((0.44, 0.0), (0.39, 0.5), (0.2, 1.375)):    # 0.1 · 2 is as far as it looks
+        assert abs(sub.boundary_gap(level(0.44), sub.Door(level(far), 2, 0), x, 0.1) - gap) < 1e-6
+    assert np.isnan(sub.boundary_gap(level(0.44), sub.Door(level(0.6), 2, 0), x, 0.1))
+    s, door = level(0.44), sub.Door(level(0.39), 2, 0)
+    y = door.judge(x).argmax(1)
+    at, random, near = sub.disagreement(s, door, x, y, 0.11, 5, generator(0))
+    assert at == random == 0 and near in (0, 1) and door.spent == 0
+    assert abs(sub.evenness([5, 5, 5]) - 1) < 1e-9 and sub.evenness([9, 0, 0]) == 0
+    assert abs(sub.within(torch.tensor([0.0, 0.2, 0.5, 0.5]).view(4, 1, 1, 1), 2) - 0.1) < 1e-6
+
+
+def test_the_radius_is_where_the_target_itself_falls():
+    x = torch.linspace(0.5, 0.6, 11).view(11, 1, 1, 1).expand(11, 1, 4, 4)
+    found = sub.white_box_radius(level(0.45), x, torch.zeros(11).long(), 2, 0.9, 10, 0)
+    assert 0.14 - 1 / 255 < found < 0.15 + 1 / 255          # ten of eleven lie less than 0.15 away
 
 
 def test_training_on_attacks_hardens_a_target():
-    config = sub.Config.preset("book", target_steps=150)
+    config = sub.Config.preset("smoke", target_steps=150, test_images=300)
     data = sub.split(sub.read_data("digits", None), config, 0)
     x, y = data["test"]
     left = {}
@@ -232,6 +271,33 @@ def test_training_on_attacks_hardens_a_target():
         adv = sub.sign_attack(target, x, y, 0.2, 0.05, 8)
         left[name] = (target(adv).argmax(1) == y).float().mean()
     assert left["hardened"] > left["cnn"] + 0.1
+
+
+def test_the_support_vector_machine_is_scikit_learns():
+    from sklearn.calibration import CalibratedClassifierCV
+    from sklearn.svm import SVC
+
+    x = np.random.default_rng(0).random((90, 12)).astype(np.float32)
+    y = (x[:, :4] + x[:, 4:8]).argmax(1)
+    model = CalibratedClassifierCV(SVC(C=10), ensemble=False, cv=3).fit(x, y)
+    net = sub.SvcNet(sub.svc_state(model))
+    again = sub.SvcNet(net.state_dict())
+    fresh = np.random.default_rng(1).random((50, 12)).astype(np.float32)
+    p = sub.classifier(net)(fresh)
+    np.testing.assert_allclose(p, model.predict_proba(fresh), atol=2e-5)
+    assert (sub.classifier(again)(fresh) == p).all()
+    asked = torch.from_numpy(fresh).requires_grad_()
+    assert torch.autograd.grad(net(asked)[:, 0].sum(), asked)[0].abs().min(1).values.max() > 0
+
+
+def test_enlarging_in_one_step_is_the_two_steps():
+    conv = nn.Conv2d(3, 4, 3, padding=1).double()
+    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, requires_grad=True)
+    outs = [sub.enlarged(x, conv), conv(F.interpolate(x, scale_factor=2))]
+    torch.testing.assert_close(*outs)
+    pull = torch.randn_like(outs[0])
+    for a, b in zip(*(torch.autograd.grad((y * pull).sum(), [x, *conv.parameters()]) for y in outs)):
+        torch.testing.assert_close(a, b)
 
 
 def test_one_backward_pass_augments_as_many_did():
@@ -300,9 +366,8 @@ def test_every_row_keeps_to_its_budget(row, device):
 
 
 def test_a_run_repeats_resumes_and_reports(tmp_path):
-    over = dict(
-        SMALL, rows=("DaST-like", "DDG", "DDG + AST", "DDG + random ε", "real images"), targets=("cnn", "forest"),
-        students=("mlp",), hard_rows=("DDG",))
+    over = dict(SMALL, rows=(
+        "DaST-like", "DDG, no diversity", "DDG", "DDG + AST", "DDG + random ε", "real images"), n_seeds=2)
     one = sub.run(sub.Config.preset("smoke", out_dir=tmp_path / "a", **over))
     (tmp_path / "a" / "metrics.json").unlink()
     next((tmp_path / "a" / "steps").rglob("*AST.npz")).unlink()
@@ -310,33 +375,20 @@ def test_a_run_repeats_resumes_and_reports(tmp_path):
     assert one.metrics == again.metrics or np.testing.assert_equal(one.metrics, again.metrics) is None
     told = read_json(tmp_path / "a" / "metrics.json")
     assert told["metrics"]["DDG + AST"]["queries"]["mean"] == 60
-    assert {"random ± ε", "white box", "targets", "GD-UAP", "Cosine-UAP", "stand-in", "DDG by mlp", "hardened target",
-            "DDG, hardened", "white box, hardened"} < set(told["metrics"])
-    assert told["metrics"]["GD-UAP"]["queries"]["mean"] == 0
-    assert one.arrays["pgd by student"].shape == (2, 1, 2) and one.arrays["images DDG"].shape == (2, 10, 2, 1, 8, 8)
-    assert one.arrays["pairs DDG + AST"].shape == (20, 2, 1, 8, 8)
-    assert one.arrays["curve real images"].shape == (1, 2, 2, 3)
+    assert {"random ± ε", "white box", "targets"} < set(told["metrics"])
+    assert told["roles"]["DaST-like"] == "baseline" and len(told["findings"]) == 4 and len(told["mechanism"]) == 4
+    assert told["claim"]["smallest_effect"] == 1 and told["claim"]["verdict"] in ("shown", "refuted", "undecided")
+    assert one.arrays["images DDG"].shape == (10, 2, 1, 8, 8)
+    assert one.arrays["curve real images"].shape == (2, 2, 2, 3)
     assert set(read_weights(tmp_path / "a" / "weights.safetensors")) == set(
-        sub.network("small", (1, 8, 8), 10).state_dict())
-
-
-def test_the_plane_holds_its_corners():
-    x = torch.rand(3, 1, 4, 4)
-    flat = sub.plane(x, 5).view(5, 5, 1, 4, 4)          # -0.5, 0, 0.5, 1, 1.5 along each axis
-    for k, (row, column) in enumerate(((1, 1), (1, 3), (3, 1))):
-        torch.testing.assert_close(flat[row, column], x[k])
-    torch.testing.assert_close(flat[2, 2], (x[1] + x[2]) / 2)
-
-
-def test_paired_interval():
-    mean, half = sub.paired([[1, 2], [3, 4]], [[0, 1], [2, 3]])
-    assert mean == 1 and half == 0
-    assert sub.paired([1], [0])[1] == float("inf")
-    assert abs(sub.area([(0, 0, 0.0), (10, 0, 1.0), (30, 0, 1.0)]) - 25 / 30) < 1e-9
+        sub.network("strided", (1, 8, 8), 10).state_dict())
 
 
 @pytest.mark.parametrize("over, what", [
-    (dict(rows=("DGD",)), "no row 'DGD'"), (dict(devices=2), "devices=1"), (dict(data="cifar10"), "cifar-10-batches")])
+    (dict(rows=("DGD",)), "no row 'DGD'"), (dict(devices=2), "devices=1"), (dict(data="cifar10"), "cifar-10-batches"),
+    (dict(rows=("DDG", "JBDA")), "DaST-like and DDG"), (dict(eps=8), "8/255"), (dict(batch=10), "batch=10"),
+    (dict(checkpoints=(100,)), "the last one the budget"), (dict(width=0), "width=0"),
+    (dict(warm_up=20), "warm_up=20"), (dict(targets=()), "targets")])
 def test_what_cannot_run_is_refused(over, what, tmp_path):
     with pytest.raises(UserError, match=what):
         sub.run(sub.Config.preset("smoke", data_root=tmp_path, **over))
@@ -345,7 +397,7 @@ def test_what_cannot_run_is_refused(over, what, tmp_path):
 def test_full_refuses_without_data(tmp_path):
     with pytest.raises(UserError, match="train-images-idx3-ubyte"):
         sub.run(sub.Config.preset("full", data_root=tmp_path))
-    assert not sub.check_data(tmp_path).usable and "cifar-10" in str(sub.check_data(tmp_path))
+    assert not sub.check_data(tmp_path).usable and "cifar10: not found" in str(sub.check_data(tmp_path))
 
 
 def idx(array):
@@ -369,7 +421,7 @@ def test_mnist_and_fashion_are_told_apart(tmp_path, packed):
         sub.read_data("mnist", tmp_path)
     x, y = sub.read_data("fashion", tmp_path)["train"]
     assert x.shape == (30, 1, 28, 28) and x.dtype == np.uint8 and y[11] == 1
-    assert sub.check_data(tmp_path).usable and "fashion" in str(sub.check_data(tmp_path))
+    assert "fashion: " + str(tmp_path) in str(sub.check_data(tmp_path)) and not sub.check_data(tmp_path).usable
 
 
 @pytest.mark.parametrize("damage, what", [
@@ -440,8 +492,8 @@ def test_tiny_imagenet(tmp_path):
 def test_full_runs_on_files_in_the_released_format(tmp_path):
     write_mnist(tmp_path / "mnist")
     report = sub.run(sub.Config.preset(
-        "full", data_root=tmp_path, n_seeds=1, rows=("DDG + AST", "JBDA"), **SMALL))
-    assert report.metrics["DDG + AST"]["queries"] == [60] and report.preset == "full"
+        "full", data_root=tmp_path, n_seeds=1, rows=("DaST-like", "DDG", "JBDA"), **SMALL))
+    assert report.metrics["JBDA"]["queries"] == [60] and report.preset == "full"
 
 
 def test_real_fashion_mnist():
@@ -459,17 +511,30 @@ def test_an_audit_of_ones_own_models(tmp_path, monkeypatch):
         "def hard(x):\n    return soft(x).argmax(1)\n"
         "hard.budget = 120\n"
         "def broken(x):\n    raise RuntimeError('no memory')\n"
+        "def like(**more):\n"
+        "    f = lambda x: soft(x)\n    f.__dict__.update(more)\n    return f\n"
+        "three, one, many = like(classes=3), like(budget=1), like(budget=10**9, classes=1)\n"
+        "images = np.zeros((6, 1, 8, 8))\n"
+        "none, wraps = like(images=images, labels=[]), like(images=images, labels=[-1] * 6)\n"
+        "loud, tiny = like(images=images + 2), like(shape=(1, 1, 1))\n"
+        "def logits(x):\n    return np.log(soft(x))\n"
         "text = 'not callable'\n")
     monkeypatch.chdir(tmp_path)
-    config = sub.Config.preset("book", batch=50, width=4, replay=1, test_images=60)
-    names = ["own_models:soft", "own_models:hard", "own_models:broken", "own_models:text", "own_models:none",
-             "https://example.org/api", "photo.jpg", "no_such:thing"]
+    config = sub.Config.preset("smoke", batch=50, width=4, test_images=60)
+    wrong = {"broken": "no memory", "text": "cannot be called", "absent": "own_models", "three": "give it .images",
+             "one": "budget=1", "many": "classes=1", "none": "labels of shape", "wraps": "integers from 0",
+             "loud": r"in \[0, 1\]", "tiny": "4 by 4", "logits": "no probabilities"}
+    names = [f"own_models:{n}" for n in ("soft", "hard", *wrong)] + [
+        "https://example.org/api", "photo.jpg", "no_such:thing"]
     rows = sub.apply(names, out_dir=tmp_path / "out", config=config)
-    sys.modules.pop("own_models")
+    soft, hard, *others = rows
     assert rows == read_json(tmp_path / "out" / "results.json") and [r["input"] for r in rows] == names
-    soft, hard, broken, *refused = rows
     assert soft["queries"] == 150 and soft["access"] == "probabilities" and 0 <= soft["attack_success"] <= 1
     assert hard["queries"] == 120 and hard["access"] == "labels" and 0 <= hard["agreement"] <= 1
-    assert "no memory" in broken["error"] and all("error" in r for r in refused)
-    assert "not a local Python callable" in refused[2]["error"]
+    for row, what in zip(others, wrong.values()):
+        assert re.search(what, row["error"]) and "queries" not in row, row
+    assert all("not a local Python callable" in r["error"] for r in others[-3:-1]) and "no_such" in others[-1]["error"]
     assert (tmp_path / "out" / soft["substitute"]).exists() and (tmp_path / "out" / soft["questions"]).exists()
+    # the function itself will do, and nothing is written unless it is asked for
+    one = sub.apply(sys.modules.pop("own_models").hard, config=config)
+    assert one[0]["agreement"] == hard["agreement"] and one[0]["weights"] == "the target's own answers"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DLIB_RECOGNISER', 'DLIB_LANDMARKS', 'DLIB_THRESHOLD', 'TEMPLATES', 'find_dlib_weights', 'read_dlib', 'DlibResNet',
            'load_dlib', 'dlib_installed', 'Detections', 'detect_faces', 'five_points', 'similarity', 'halve', 'align',
-           'Crops', 'crop_faces', 'Embeddings', 'embed']
+           'Crops', 'crop_faces', 'find_face', 'Embeddings', 'embed']
 
 # %% ../../nbs/foundations/recognisers.ipynb #imports
 import functools
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..files import UserError, progress
+from ..inputs import tell
 
 # %% ../../nbs/foundations/recognisers.ipynb #find_dlib_weights
 DLIB_RECOGNISER = "dlib_face_recognition_resnet_model_v1.dat"
@@ -289,18 +290,55 @@ def similarity(src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
     return a, w0[..., 0] - a * z0[..., 0]
 
 # %% ../../nbs/foundations/recognisers.ipynb #halve
-def halve(images: Tensor) -> Tensor:
-    """Half as large, smoothed by 1 4 6 4 1: (B, C, H, W) to half, rounded up.
-
-    The pixel (i, j) of the result lay at (2i, 2j).
-    """
+def _halve(images: Tensor) -> Tensor:
+    """`halve` as two convolutions, on any device, with gradients."""
     k = images.new_tensor([1, 4, 6, 4, 1]) / 16
     x = images.flatten(0, 1)[:, None]
     x = F.conv2d(x, k.view(1, 1, 1, 5), stride=(1, 2), padding=(0, 2))
     x = F.conv2d(x, k.view(1, 1, 5, 1), stride=(2, 1), padding=(2, 0))
     return x[:, 0].unflatten(0, images.shape[:2])
 
+
+def halve(images: Tensor) -> Tensor:
+    """Half as large, smoothed by 1 4 6 4 1: (B, C, H, W) to half, rounded up.
+
+    The pixel (i, j) of the result lay at (2i, 2j); beyond the edge is 0.
+    uint8 gives float32 in [0, 1], a channel at a time.
+    """
+    import cv2
+
+    (h, w), kind = images.shape[-2:], images.dtype
+    if (images.requires_grad or images.device.type != "cpu" or min(h, w) < 8
+            or kind not in (torch.float32, torch.uint8)):
+        return _halve(images / 255 if kind == torch.uint8 else images)
+    planes = [x for image in images for x in image.numpy()]
+    out = np.empty((len(planes), (h + 1) // 2, (w + 1) // 2), np.float32)
+    k = np.float32([1, 4, 6, 4, 1]) / 16
+    zero = lambda x: cv2.sepFilter2D(
+        x, -1, k, k, borderType=cv2.BORDER_CONSTANT)[::2, ::2]
+    for x, y in zip(planes, out):
+        if kind == torch.uint8:
+            x = x.astype(np.float32)
+            x /= 255
+        x = np.ascontiguousarray(x)
+        cv2.pyrDown(x, dst=y)           # mirrors the picture at its edges
+        y[0], y[:, 0] = zero(x[:4])[0], zero(x[:, :4])[:, 0]
+        y[-1] = zero(x[(h - 3) // 2 * 2:])[-1]
+        y[:, -1] = zero(x[:, (w - 3) // 2 * 2:])[:, -1]
+    return torch.from_numpy(out).unflatten(0, images.shape[:2])
+
 # %% ../../nbs/foundations/recognisers.ipynb #align
+def _span(at: Tensor, step: int, end: int) -> tuple[int, int]:
+    """What is needed of an axis to read at `at`, after halving to 1/step.
+
+    It starts where the halved picture has a pixel.
+    """
+    low, high = (float(v) for v in at.detach().aminmax())
+    low = min(max(low - 4 * step, 0.0), end - 1.0)
+    high = min(max(high + 4 * step + 2, low + 1), float(end))
+    return int(low) // step * step, math.ceil(high)
+
+
 def align(
     images: Tensor,
     points: Tensor,
@@ -309,10 +347,12 @@ def align(
 ) -> Tensor:
     """Crop each face so that its points fall on a template.
 
-    images: (B, C, H, W) float; points: (B, 5, 2) x, y in pixels, in the
-    template's order; template: a name in TEMPLATES; size: side of the crop.
-    Returns (B, C, size, size), 0 outside the picture; gradients reach images
-    and points. "dlib150" reads where dlib's `get_face_chip` does.
+    images: (B, C, H, W) float, or uint8, which gives crops in [0, 1];
+    points: (B, 5, 2) x, y in pixels, in the template's order; template: a
+    name in TEMPLATES; size: side of the crop. Returns (B, C, size, size), 0
+    outside the picture; gradients reach images and points. Only the part
+    near the faces is worked on. "dlib150" reads where dlib's
+    `get_face_chip` does.
     """
     if template not in TEMPLATES:
         raise UserError(f"template: {template!r} is none of {[*TEMPLATES]}")
@@ -340,6 +380,12 @@ def align(
         at = size / 2 + (at - (size - 1) / 2) * step[:, None]
     z = at[:, None, :] + 1j * at[:, :, None]
     w = a[:, None, None] * z + b[:, None, None]  # (B, size, size)
+    step = 2 ** int(levels[0])
+    left, right = _span(w.real, step, images.shape[3])
+    top, bottom = _span(w.imag, step, images.shape[2])
+    images, w = images[..., top:bottom, left:right], w - (left + 1j * top)
+    if images.dtype == torch.uint8 and not levels[0]:
+        images = images.float() / 255
     for _ in range(levels[0]):
         images = halve(images)
         # dlib believes its half to start at 2.5, 1.5; it starts at 2, 2
@@ -371,8 +417,9 @@ class Crops(NamedTuple):
 def _find_points(x: Tensor, template: str, detect: bool) -> tuple[Tensor, str]:
     """Where the template's five points lie in x, and how they were found."""
     if detect and dlib_installed():
-        pixels = (x.detach().cpu() * 255).round().clamp(0, 255).byte()
-        faces = detect_faces(pixels.permute(1, 2, 0).numpy())
+        if x.dtype != torch.uint8:
+            x = (x.detach().cpu() * 255).round().clamp(0, 255).byte()
+        faces = detect_faces(x.permute(1, 2, 0).numpy())
         if len(faces.points):
             return faces.points[0], "dlib"
     side, target = TEMPLATES[template]
@@ -400,7 +447,7 @@ def crop_faces(
             if x.dtype != np.uint8:
                 raise TypeError(f"an image of {x.dtype}, not uint8")
             x = np.ascontiguousarray(np.atleast_3d(x)[..., :3])
-            x = torch.from_numpy(x).permute(2, 0, 1).expand(3, -1, -1) / 255
+            x = torch.from_numpy(x).permute(2, 0, 1).expand(3, -1, -1)
         p, method = _find_points(x, template, detect)
         p = p.to(x.device)
         crops.append(align(x[None], p[None], template, size))
@@ -409,6 +456,27 @@ def crop_faces(
     if not crops:
         raise UserError("images: none were given")
     return Crops(torch.cat(crops), torch.stack(points), methods)
+
+# %% ../../nbs/foundations/recognisers.ipynb #find_face
+@functools.cache
+def _blind() -> None:
+    """Say once that no detector is installed."""
+    tell('no face detector is installed: the centred square of each picture '
+         'is taken; pip install "facebook_nb[faces]"')
+
+
+def find_face(image: np.ndarray | Tensor, template: str = "dlib_arcface112",
+              size: int | None = None) -> tuple[Tensor, str]:
+    """The largest face of a picture, (3, size, size) in [0, 1]; and a word.
+
+    image, template, size: as for `crop_faces`. The word: "found"; "not
+    found", or "not looked for": then the crop is the centred square.
+    """
+    crops = crop_faces([image], template, size)
+    if not dlib_installed():
+        _blind()
+        return crops.images[0], "not looked for"
+    return crops.images[0], "found" if crops.found[0] else "not found"
 
 # %% ../../nbs/foundations/recognisers.ipynb #embed
 class Embeddings(NamedTuple):

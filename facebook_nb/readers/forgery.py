@@ -22,6 +22,7 @@ import numpy as np
 from ..files import (
     UserError, inside, progress, read_image, read_json, read_text,
     write_image, write_json)
+from ..processes import everyone, is_main, share, wait_for_all
 from .video import open_clip, segment_indices
 from ..worlds.forgery import cut_square, face_square
 
@@ -351,10 +352,12 @@ def crop_all(videos: ForgeryList, out: str | Path, split: str,
              frames: int = 32, size: int = 256, detect=None) -> list[str]:
     """Cut the faces of all videos into `out`, with `out`/SPLIT.json.
 
-    Returns a line for each video that was skipped, with the reason.
+    The processes of a run share the videos. Returns a line for each that was
+    skipped, with the reason.
     """
-    out, skipped, data = Path(out), [], {}
-    for video in progress(videos.videos, label="cutting faces"):
+    out, mine, skipped, data = Path(out), {}, [], {}
+    for i in progress(share(len(videos)), label="cutting faces"):
+        video = videos.videos[i]
         try:
             inside(out, video.name, videos.layout)
             folder, place = (
@@ -363,15 +366,22 @@ def crop_all(videos: ForgeryList, out: str | Path, split: str,
             if not any(folder.glob("*.png")):
                 _write_faces(folder, place,
                              *crop_video(video, frames, size, detect))
-        except UserError as error:
-            skipped.append(f"{video.name}: {error}")
-            continue
-        label = "real" if not video.label else video.method
-        data.setdefault(label, {split: {}})[split][video.name] = {
-            "label": label, "frames": [
-                p.relative_to(out).as_posix()
-                for p in sorted(folder.glob("*.png"))]}
-    write_json(out / f"{split}.json", {videos.layout: data})
+            mine[i] = [p.relative_to(out).as_posix()
+                       for p in sorted(folder.glob("*.png"))]
+        except Exception as error:      # a video's fault is its own
+            mine[i] = f"{video.name}: {error}".splitlines()[0]
+    for i, faces in sorted(pair for part in everyone(mine)
+                           for pair in part.items()):
+        video = videos.videos[i]
+        label = video.method if video.label else "real"
+        if isinstance(faces, str):
+            skipped.append(faces)
+        else:
+            data.setdefault(label, {split: {}})[split][video.name] = {
+                "label": label, "frames": faces}
+    if is_main():
+        write_json(out / f"{split}.json", {videos.layout: data})
+    wait_for_all()
     return skipped
 
 
@@ -412,6 +422,11 @@ class FaceFrames:
         for k, v in enumerate(videos.videos):
             if not isinstance(v.frames, tuple):
                 raise UserError(f"{v.name}: a video; cut it with crop_all")
+            if masks and v.masks and not (isinstance(v.masks, tuple) and len(
+                    v.masks) == len(v.frames)):
+                raise UserError(f"{v.name}: its masks are not those of its "
+                                f"{len(v.frames)} frames; mend them, or "
+                                "leave it out")
             at = np.unique(segment_indices(len(v.frames), frames))
             self.rows += [(v.frames[i], v.masks and v.masks[i], v.label)
                           for i in at]

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..files import UserError, read_json
+from ..files import UserError, inside, read_json, read_text
 from .video import VideoFile, open_clip
 
 # %% ../../nbs/foundations/readers_localisation.ipynb #Labelled
@@ -73,8 +73,7 @@ def find_media(root: Path, name: str, flow: bool = False) -> Path | None:
 
 # %% ../../nbs/foundations/readers_localisation.ipynb #labelled-videos
 def _csv(path: Path, *columns: str) -> list[dict]:
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(read_text(path).splitlines()))
     if not rows or not set(columns) <= set(rows[0]):
         raise UserError(f"{path}: needs a header with the columns "
                         f"{', '.join(columns)}, and rows")
@@ -97,6 +96,7 @@ def _videos(root, rows, flow, duration, classes) -> list[Labelled]:
         by_video.setdefault(name, []).append(row)
     found = []
     for name, actions in by_video.items():
+        inside(root, name)
         a = np.array(actions, float)
         found.append(Labelled(name, find_media(root, name, flow),
                               a[:, :2], a[:, 2].astype(int),
@@ -122,7 +122,7 @@ def read_thumos14(root, split: str, flow: bool = False):
         classes = THUMOS14
         if (names := folder / "Class Index_Detection.txt").is_file():
             classes = tuple(x.split()[-1] for x in
-                            names.read_text().splitlines() if x.strip())
+                            read_text(names).splitlines() if x.strip())
         rows, info = _csv(table, "video", "type", "start", "end"), {}
         if (path := folder / f"{split}_video_info.csv").is_file():
             for r in _csv(path, "video", "fps", "count"):
@@ -135,7 +135,7 @@ def read_thumos14(root, split: str, flow: bool = False):
              if not p.name.startswith("Ambiguous")]
     rows = []
     for path in texts:
-        for line in path.read_text().splitlines():
+        for line in read_text(path).splitlines():
             if line.strip():
                 rows.append((*line.split()[:1], path.stem[: -len(split) - 1],
                              *(line.split()[1:] + ["", ""])[:2]))
@@ -256,27 +256,40 @@ class Footage:
     def __init__(self, path, frames: int = 256, fps: float | None = 10.0,
                  duration: float | None = None, flow: bool = False):
         self.clip, self.frames, self.flow = open_clip(path), frames, flow
+        self.kept: dict[int, np.ndarray] = {}
         self.index, self.times = timeline(self.clip, fps, frames, duration)
 
-    def read(self, first: int, x: int = 8, y: int = 8,
-             mirrored: bool = False) -> Tensor:
-        """(colours, F, 96, 96) in [-1, 1], 0 behind the end."""
+    def _read(self, first: int, keep: bool):
+        """Frames (n, 112, 112, C) of a clip, and which one each tick has."""
         import cv2
 
-        index = self.index[first : first + self.frames]
-        frames, where = np.unique(index, return_inverse=True)
-        frames = self.clip.read(frames)
-        frames = frames[..., None] if frames.ndim == 3 else frames
+        wanted, where = np.unique(self.index[first : first + self.frames],
+                                  return_inverse=True)
+        have = {i: self.kept[i] for i in wanted.tolist() if i in self.kept}
+        more = np.setdiff1d(wanted, [*have])
+        for start in range(0, len(more), 32):       # bounded memory
+            some = more[start : start + 32]
+            for i, f in zip(some.tolist(), self.clip.read(some)):
+                have[i] = f.reshape(112, 112, -1) if f.shape[:2] == (
+                    112, 112) else cv2.resize(
+                        f, (112, 112), interpolation=cv2.INTER_CUBIC
+                    ).reshape(112, 112, -1)
+        self.kept = have if keep else {}
+        return np.stack([have[i] for i in wanted.tolist()]), where
+
+    def read(self, first: int, x: int = 8, y: int = 8,
+             mirrored: bool = False, keep: bool = False) -> Tensor:
+        """(colours, F, 96, 96) in [-1, 1], 0 behind the end.
+
+        keep: hold the frames for the next clip, which may share some.
+        """
+        frames, where = self._read(first, keep)
         if not self.flow and frames.shape[-1] == 1:
             frames = frames.repeat(3, -1)
         colours = 2 if self.flow else 3
         if frames.shape[-1] < colours:
             raise UserError(f"{self.clip.path}: {frames.shape[-1]} channels "
                             f"a frame, where {colours} were expected")
-        if frames.shape[1:3] != (112, 112):
-            frames = np.stack([cv2.resize(
-                f, (112, 112), interpolation=cv2.INTER_CUBIC)
-                for f in frames])
         part = frames[where, y : y + 96, x : x + 96, :colours]
         v = torch.from_numpy(part.copy()).movedim(-1, 0) / 127.5 - 1
         if mirrored:

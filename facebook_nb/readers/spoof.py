@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from facebook_nb.files import (
+from ..files import (
     IMAGE_SUFFIXES, VIDEO_SUFFIXES, UserError, inside, progress, read_image,
-    read_text)
+    read_json, read_text)
 from .video import open_clip
 
 # %% ../../nbs/foundations/readers_spoof.ipynb #Listing
@@ -167,10 +167,13 @@ def read_list(path: str | Path, name: str = "list",
               live: int | None = None) -> Listing:
     """Frames from lines PATH LABEL; paths from the list's folder or above.
 
-    live: which label is live; None: the first line says `# live=0` or
+    A .json is a list as SSDG makes them, of which one frame a video is
+    taken. live: which label is live; None: the first line says `# live=0` or
     `# live=1`. Raises UserError where nothing says it, or for a bad line.
     """
     path, listing = Path(path), Listing(name)
+    if path.suffix == ".json":
+        return _read_ssdg(path, listing)
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if said := re.match(r"#\s*live\s*=\s*([01])\s*$", line):
             live = int(said[1])
@@ -182,19 +185,46 @@ def read_list(path: str | Path, name: str = "list",
         image, *labels = line.split()
         if not labels or not re.fullmatch(r"-?[0-9]{1,9}", labels[0]):
             raise UserError(f"{path}, line {number}: expected PATH LABEL")
-        inside(path.parent, image, path)
-        bases = [b for b in (path.parent, path.parent.parent)
-                 if (b / image).is_file()]
-        if not bases:
-            listing.problems.setdefault("missing image", []).append(image)
-            continue
-        depth = [b / "depth" / Path(image).parent
-                 / f"{Path(image).stem}_depth.jpg" for b in bases]
-        listing.add(bases[0] / image, 0 if int(labels[0]) == live else -1,
-                    Path(image).parent.as_posix(), "test" if "test" in
-                    image.lower() else "dev" if "dev" in image.lower()
-                    else "train", "", next(
-                        (d for d in depth if d.is_file()), None))
+        lower = image.lower()
+        _add_frame(listing, path, image, int(labels[0]) == live,
+                   "test" if "test" in lower else
+                   "dev" if "dev" in lower else "train")
+    return listing
+
+
+def _add_frame(listing, path: Path, image: str, live: bool, split) -> None:
+    """A listed frame, or a note that it is missing; its depth map if any."""
+    inside(path.parent, image, path)
+    bases = [b for b in (path.parent, path.parent.parent)
+             if (b / image).is_file()]
+    if not bases:
+        listing.problems.setdefault("missing image", []).append(image)
+        return
+    depth = [b / "depth" / Path(image).parent
+             / f"{Path(image).stem}_depth.jpg" for b in bases]
+    listing.add(bases[0] / image, 0 if live else -1,
+                Path(image).parent.as_posix(), split, "",
+                next((d for d in depth if d.is_file()), None))
+
+
+def _read_ssdg(path: Path, listing: Listing) -> Listing:
+    """[{photo_path, photo_label (1 live), photo_belong_to_video_ID}, …]."""
+    split = next((s for s in ("test", "dev", "train")
+                  if s in path.stem.split("_")), "train")
+    videos = {}
+    try:
+        for entry in read_json(path, list):
+            videos.setdefault(entry["photo_belong_to_video_ID"], []).append(
+                (str(entry["photo_path"]), int(entry["photo_label"]) == 1))
+    except (TypeError, KeyError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{path}: not a list of photo_path, photo_label and "
+            "photo_belong_to_video_ID, as SSDG's lists are") from None
+    for frames in videos.values():
+        image, live = frames[frame_positions(len(frames), 1)[0]]
+        _add_frame(listing, path, image, live, split)
     return listing
 
 # %% ../../nbs/foundations/readers_spoof.ipynb #read_mixture
@@ -239,6 +269,11 @@ def read_data_sets(root: str | Path) -> dict[str, Listing]:
                  ("all", "real", "fake")]
         lists = lists[:1] if lists[0].is_file() else lists[1:]
         other = sorted(folder.glob("list*.txt"))
+        if not other:                   # SSDG's: by split, or all in one
+            other = sorted(set(folder.glob("*_label.json")) - {
+                *folder.glob("choose_*"), *folder.glob("real_*"),
+                *folder.glob("fake_*")})
+            other = [p for p in other if p.stem != "all_label"] or other
         parts = [read_list(p, names[0], 1) for p in lists if p.is_file()]
         parts += [read_list(p, names[0]) for p in other]
         if not parts:
@@ -339,14 +374,18 @@ FIXES = {"empty file": "copy it again",
 
 @dataclass
 class Found:
-    """What a folder holds; `usable`: at least one protocol can be run."""
+    """What a folder holds; `usable`: those needed can be run, or at least
+    one protocol."""
 
     root: str
     sets: dict
     missing: dict                   # protocol → why it cannot be run
+    needed: tuple = ()              # protocols
 
     @property
     def usable(self) -> bool:
+        if self.needed:
+            return not set(self.needed) & set(self.missing)
         return len(self.missing) < len(PROTOCOLS)
 
     def __str__(self) -> str:
@@ -365,7 +404,8 @@ class Found:
         can = [p for p in PROTOCOLS if p not in self.missing]
         lines.append(f"  protocols that can be run: {', '.join(can)}"
                      if can else "  no protocol can be run")
-        lines += [f"  not {why}" for why in self.missing.values() if not can]
+        lines += [f"  not {why}" for p, why in self.missing.items()
+                  if not can or p in self.needed]
         return "\n".join(lines)
 
 

@@ -520,17 +520,19 @@ def cut_square(image: np.ndarray, square: Sequence[float],
         size, size, *image.shape[2:])
 
 # %% ../../nbs/foundations/forgery.ipynb #photo_clips
-def photo_clips(images: Sequence[np.ndarray], size: int = 64) -> Clips:
-    """Faces of photographs, each a clip of one frame.
+def photo_clips(images: Sequence[np.ndarray], size: int = 64,
+                person: Sequence[int] | None = None) -> Clips:
+    """Faces of photographs, a clip of each person.
 
-    images: (H, W, 3) uint8. The largest face of each is taken; pictures
-    without one are left out. Raises UserError if none is left, or dlib is
-    not installed.
+    images: (H, W, 3) uint8; person: whom each shows, those of one person
+    side by side; None: each another. The largest face of each is taken;
+    pictures without one are left out. Raises UserError if none is left, or
+    dlib is not installed.
     """
     from facebook_nb.models.recognisers import detect_faces
 
-    faces, points = [], []
-    for image in progress(images, label="finding faces"):
+    faces, points, kept = [], [], []
+    for k, image in enumerate(progress(images, label="finding faces")):
         found = detect_faces(image).points[:1]
         if not len(found):
             continue
@@ -539,7 +541,9 @@ def photo_clips(images: Sequence[np.ndarray], size: int = 64) -> Clips:
         at = torch.tensor([np.floor(left), np.floor(top)])
         points.append((p + 0.5 - at) * size / max(1, round(side)) - 0.5)
         faces.append(cut_square(image, (left, top, side), size))
+        kept.append(k if person is None else person[k])
     if not faces:
         raise UserError("photo_clips: no face was found in any picture")
     x = torch.from_numpy(np.stack(faces)).permute(0, 3, 1, 2) / 255
-    return Clips(x, torch.stack(points).float(), torch.arange(len(x)))
+    clip = torch.tensor(kept).unique_consecutive(return_inverse=True)[1]
+    return Clips(x, torch.stack(points).float(), clip)

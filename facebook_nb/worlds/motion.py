@@ -135,14 +135,14 @@ def two_sweeps(count: int, seed: int, split: str = "train", size: int = 32,
 
 
 def _draw(rng, ground, colours, resting, mover, kinds, front, offsets, size,
-          large=None, resting_large=None):
+          large=np.ones((24, 1)), resting_large=None):  # noqa: B008
     """(24, size, size, 3) uint8. kinds: which object moves, 0 P or 1 Q.
 
     large: (24, 1), how large the mover is; resting_large: (2, clutter).
     """
     margin, scale = (len(ground) - size) // 2, size / 32
-    if large is None:
-        large, resting_large = np.ones((24, 1)), np.ones(resting.shape[:2])
+    if resting_large is None:
+        resting_large = np.ones(resting.shape[:2])
     image = np.repeat(ground.transpose(2, 0, 1)[None], 24, 0)
     image = image.astype(np.float32)                        # (24, 3, S, S)
     for k in (1 - front, front):            # one kind covers the other
@@ -235,9 +235,10 @@ def _plan(rng, T: int, shortest: int, longest: int, inset: float = 0,
             rest = first, first + int(rng.integers(3, 7))
             clock[slice(*rest)] = 0
             pauses.append((t + rest[0], t + rest[1]))
-        grow = np.minimum(1, np.arange(n) / max(4, min(12, n / 3))
+        moved = np.cumsum(clock)
+        grow = np.minimum(1, (moved - 1) / max(4, min(12, n / 3))
                           ) if slow else np.ones(n)
-        phase = 2 * np.pi * np.cumsum(clock) / _PERIOD[k]
+        phase = 2 * np.pi * moved / _PERIOD[k]
         swing = 3.0 * grow * np.sin(phase)
         way = np.array([np.cos(_ANGLE[k]), np.sin(_ANGLE[k])])
         place[t : t + n] += swing[:, None] * way

@@ -18,7 +18,6 @@ from facebook_nb.afsd import (
     clip_offsets,
     contrast_features,
     contrast_loss,
-    cut_clips,
     detect,
     detection_losses,
     insert_background,
@@ -254,24 +253,25 @@ def test_triplet():
 
 
 def test_clips():
-    videos, offsets, annos, starts, ends, shortest = [], [], [], [], [], []
-    source = CASES["clips.in_annos"]
-    for v, (name, count) in enumerate(zip(CASES["clips.in_videos"], CASES["clips.in_sample_count"])):
-        own = []
-        for offset, rows in cut_clips(int(count), source[source[:, 0] == v, 1:]):
-            annos += [[len(videos), *row] for row in rows]
-            s, e = boundary_targets(rows[:, :2], 256).numpy().astype(bool)
-            videos.append(name)
-            offsets.append(offset)
-            starts.append(s)
-            ends.append(e)
-            own += [row[1] - row[0] for row in rows]
-        shortest.append(int(np.ceil(min(own))))
-    assert videos == CASES["clips.video"].tolist() and offsets == CASES["clips.offset"].tolist()
+    source, names = CASES["clips.in_annos"], CASES["clips.in_videos"].tolist()
+    clips = afsd.Clips([(int(count), source[source[:, 0] == v, 1:]) for v, count in enumerate(
+        CASES["clips.in_sample_count"])], lambda i, first, rng: torch.zeros(1, 256), afsd.PLANS["thumos14"], 1)
+    annos, starts, ends, shortest = [], [], [], {}
+    for k, (v, _, rows, w) in enumerate(clips.clips):
+        annos += [[k, *row] for row in rows]
+        s, e = boundary_targets(rows[:, :2], 256).numpy().astype(bool)
+        starts.append(s)
+        ends.append(e)
+        shortest[names[v]] = w
+    assert [names[v] for v, *_ in clips.clips] == CASES["clips.video"].tolist()
+    assert [first for _, first, *_ in clips.clips] == CASES["clips.offset"].tolist()
+    batch = clips.__getitems__([0, 1])
+    assert np.array_equal(batch["wanted"][:, 0].bool(), starts[:2]) and np.allclose(
+        batch["truth"][0, 0] * torch.tensor([256, 256, 1]), clips.clips[0][2][0])
     np.testing.assert_allclose(annos, CASES["clips.annos"], atol=1e-9)
     assert np.array_equal(np.packbits(starts, axis=1), CASES["clips.start"])
     assert np.array_equal(np.packbits(ends, axis=1), CASES["clips.end"])
-    assert shortest == CASES["clips.shortest"].tolist()
+    assert [shortest[n] for n in names] == CASES["clips.shortest"].tolist()
 
 
 @pytest.mark.parametrize("case", ["cut0", "cut1", "anet.cut0"])

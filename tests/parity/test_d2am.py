@@ -75,7 +75,7 @@ def test_meta_step(case, cut):
                    for k in range(3) for kind in ("live", "spoof")])
     depth = torch.cat([torch.cat([draw(f"meta/domain{k}/depth", 1, 1, 32, 32), torch.zeros(1, 1, 32, 32)])
                        for k in range(3)])
-    terms = Terms(alpha=0.5 if case == "meta_large" else 1e-3, mmd=0, disguise=0, cut=cut, norm="domain")
+    terms = Terms(alpha=0.5 if case == "meta_large" else 1e-3, mmd=0, confusion=0, cut=cut, norm="domain")
     out = meta_loss(net, x, torch.tensor([1, 0] * 3), depth, 3, terms)
     out["loss"].backward()
     close(f"{case}/Loss_cls_train", out["train"])
@@ -142,8 +142,8 @@ def test_drlm():
     E.drlm = [gate]
     look = Look([], [mean], [mean], [a])
     close("drlm/probability", (((1 - a) * mean) @ gate.wp).sigmoid(), 1e-6)
-    close("drlm/p_log_p", d2am.disguise_loss(E, look, None, "p_log_p"), 1e-6)
-    close("drlm/negative_binary_entropy", d2am.disguise_loss(E, look, None), 1e-6)
+    close("drlm/p_log_p", d2am.confusion_loss(E, look, None, "p_log_p"), 1e-6)
+    close("drlm/negative_binary_entropy", d2am.confusion_loss(E, look, None), 1e-6)
 
 
 @pytest.mark.parametrize("case, n, shift", [("metric_a", 200, 1.0), ("metric_b", 37, 0.3)])

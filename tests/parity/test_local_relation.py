@@ -76,6 +76,13 @@ def test_patch_similarity(cases, case, shape, n):
     close(f.grad, cases[f"{case}/grad_features"], 1e-5)
 
 
+def test_patches_in_rows_and_columns():
+    f = normal("mpsm_c", "features", (2, 16, 4, 8))
+    p = f.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(2, 8, -1).numpy()
+    length = np.linalg.norm(p, axis=2, keepdims=True)
+    close(L.patch_similarity(f, (2, 4)), (1 + (p / length) @ (p / length).transpose(0, 2, 1)) / 2, 1e-5)
+
+
 @pytest.mark.parametrize("case, shape", [("rfam_eval", (2, 8, 9, 9)), ("rfam_train", (3, 6, 8, 8))])
 def test_attention(cases, case, shape):
     gate = L.RFAM(shape[1]).train(case == "rfam_train")
