@@ -355,7 +355,8 @@ def test_a_folder_of_several_sets_is_no_set_of_people(tmp_path):
         write_image(tmp_path / name, np.zeros((8, 8, 3), np.uint8))
     with pytest.raises(UserError, match="folders of folders .orl.*; give the one"):
         S.load_pictures(S.Config.preset("smoke", data_root=tmp_path), 0)
-    S.check_pictures(tmp_path / "orl")
+    assert not S.check_data(tmp_path, "book").usable and S.check_data(tmp_path / "orl", "book").usable
+    assert not S.check_data(tmp_path / "orl").usable                        # for preset full
 
 
 # --- on one's own photos
