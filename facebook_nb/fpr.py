@@ -91,8 +91,8 @@ class Config(Settings):
 
     CHAPTER = "fpr"
     PRESETS = {
-        "smoke": {"people": (4, 8), "steps": (6, 8), "images": 3,
-                  "test_people": 5, "trunk_people": 4, "trunk_steps": 6,
+        "smoke": {"people": (3, 5), "steps": (6, 8), "images": 3,
+                  "test_people": 5, "trunk_people": 3, "trunk_steps": 6,
                   "camera_people": 6, "components": 12, "dim": 8,
                   "n_seeds": 1, "base_seeds": 0, "price_seeds": 1,
                   "batch_size": 32, "alphas": (0.5,)},
@@ -1499,6 +1499,7 @@ def check_batch(x: Tensor, y: Tensor, dim: int, classes: int,
             f"batch: embeddings {tuple(x.shape)} {x.dtype} and classes "
             f"{tuple(y.shape)} {y.dtype}; (B, {dim}) floating and (B,) "
             "integers are needed")
+    y = y.long()
     rank = [len(x), *(torch.stack([y.min(), y.max(), (~torch.isfinite(
         x.detach()).all(1)).sum()]) if len(x) else (0, 0, 0))]
     rank = torch.stack([torch.as_tensor(k, device=x.device) for k in rank])
