@@ -85,7 +85,7 @@ class Config(Settings):
     novel: int = 100            # classes to test on
     each: int = 100             # pictures of a class
     changed: int = 2            # parts in which a class leaves the pattern
-    objects: int = 2            # in a scene, one of them named
+    objects: int = 3            # in a scene, one of them named
     way: int = 5
     shots: tuple[int, ...] = (1, 5)     # tested
     train_shot: int = 1
