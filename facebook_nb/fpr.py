@@ -839,8 +839,12 @@ def open_table(path: Path) -> tuple[list[str], str, csv.DictReader]:
     return rows.fieldnames, by, rows
 
 
-def _number_of(text: str, by: str) -> float:
-    return float((text.replace(",", ".") if by == ";" else text) or "nan")
+def _number_of(text: str, by: str, where: str) -> float:
+    try:
+        return float((text.replace(",", ".") if by == ";" else text) or "nan")
+    except ValueError:
+        raise UserError(f"{where}: score {text!r} is no number; write 0.5, "
+                        "with a point") from None
 
 
 def table_rows(path: Path):
@@ -861,7 +865,8 @@ def table_rows(path: Path):
                             f"{at['same']} is {row['same']!r}, not 1 or 0")
         two = at["other"] and row["other"] != row["group"]
         yield (row["first"], row["second"], YES[row["same"].lower()],
-               "" if two else row["group"], _number_of(row["score"], by),
+               "" if two else row["group"], _number_of(
+                   row["score"], by, f"{path}, line {rows.line_num}"),
                row["one"] or row["first"], row["two"] or row["second"])
 
 

@@ -428,7 +428,7 @@ def test_intervals_are_over_people():
 @pytest.mark.parametrize("text, message", [
     ("image1,same\na,1\n", "no column group, image2"),
     ("score,same,group\n1,maybe,x\n", "line 2: column same is 'maybe'"),
-    ("score,same,group\nhigh,1,x\n", "not a table"), ("score,same,group\n", "no pairs"),
+    ("score,same,group\nhigh,1,x\n", "line 2: score 'high' is no number"), ("score,same,group\n", "no pairs"),
     ("score,same,group\n0.5,1,x\n0.4,0,x\n", "1 impostor pairs"), ("", "no column same"),
 ])
 def test_tables_that_cannot_be_used(text, message, tmp_path):
