@@ -884,22 +884,29 @@ def paint_shadow(src: Sources, seed: int) -> Tensor:
     src: faces without; their masks say where.
     """
     import cv2
+    from scipy.ndimage import binary_fill_holes
 
     rng, out = np.random.default_rng([seed, 7]), []
     for x, m, (_, _, h, w) in zip(src.crops, src.mask, src.box.tolist()):
         a, b = x.shape[1:]
         area = cv2.resize(m[0, :h, :w].numpy(), (b, a))
-        down = rng.uniform(0.3, 1.0)                 # how far it reaches
-        soft = cv2.GaussianBlur(area, (0, 0), rng.uniform(0.02, 0.06) * b)
-        soft = (soft / soft.max()) ** (1.5 - down) * (0.4 + 0.6 * area)
+        # deepest at the lids, fading over the reach, less of it below
+        eyes = binary_fill_holes(area > 0.5) & (area <= 0.5)
+        if not eyes.any():                  # cut off by the picture's edge
+            eyes[a // 2] = True
+        far = cv2.distanceTransform((~eyes).astype(np.uint8), cv2.DIST_L2, 3)
+        middle = np.nonzero(eyes)[0].mean()
+        soft = np.exp(-(far / (rng.uniform(0.04, 0.09) * b)) ** 2)
+        soft[int(middle):] *= rng.uniform(0.2, 0.7)
+        soft = cv2.GaussianBlur((soft * area).astype(np.float32), (0, 0), 1)
         # OpenCV's hues have 180 degrees; real shadow is brown, rose, plum
         tone = (rng.uniform(150, 195) % 180 if rng.random() < 0.8
                 else rng.uniform(0, 180))
-        hue = np.array([[[tone, rng.uniform(20, 110),
-                          rng.uniform(40, 150)]]], np.uint8)
+        hue = np.array([[[tone, rng.uniform(60, 150),
+                          rng.uniform(50, 150)]]], np.uint8)
         colour = cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0] / 255
         colour = torch.tensor(colour).float().view(3, 1, 1)
-        alpha = torch.from_numpy(soft * rng.uniform(0.4, 0.9)).float()
+        alpha = torch.from_numpy(soft * area * rng.uniform(0.5, 0.9))
         skin = (x + 1) / 2
         light = skin.mean(0, keepdim=True)
         out.append(skin * (1 - alpha) + alpha * colour * (0.5 + light))
@@ -1382,7 +1389,7 @@ def started(start: Mapping) -> tuple[Generator, Discriminator]:
     G = load_strict(Generator(len(g["encoder.vars_enc.1"])), g)
     return G, load_strict(Discriminator(len(d["model.0.model.1.bias"])), d)
 
-# %% ../nbs/chapters/adv_makeup.ipynb #make_row
+# %% ../nbs/chapters/adv_makeup.ipynb #make_up_row
 OURS, NO_META = "make-up (ours)", "make-up, no meta"
 NO_BLEND, NO_ATTACK = "make-up, no blending", "make-up, no attack"
 RIVALS, MAKE_UP = tuple(ATTACKS), (NO_ATTACK, NO_BLEND, NO_META, OURS)

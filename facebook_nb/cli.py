@@ -106,8 +106,10 @@ class Outcome:
 
 
 def _one_line(failure: Exception) -> str:
-    if type(failure).__name__ in ("DeadKernelError", "BrokenProcessPool"):
-        return ("its process died, most often for lack of memory; what was "
+    who = {"DeadKernelError": "the kernel", "BrokenProcessPool": "the worker"
+           }.get(type(failure).__name__)
+    if who:
+        return (f"{who} died, most often for lack of memory; what was "
                 "finished is kept, run the same command again")
     text = str(failure).strip().split("\n")[0]
     return f"{type(failure).__name__}: {text}"

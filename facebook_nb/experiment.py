@@ -38,6 +38,8 @@ def _checked(chapter: str, name: str, kind, value):
     """`value` as the type `kind`; text from a command line is parsed."""
     from pydantic import TypeAdapter, ValidationError
 
+    if value == "null" and type(None) in typing.get_args(kind):
+        return None                     # and no path of that name
     adapter = TypeAdapter(kind)
     try:
         return adapter.validate_python(value)

@@ -269,6 +269,7 @@ def test_settings_name_what_is_wrong():
     for key, value, message in [("clip", 3, "no setting 'clip'"), ("clips", "many", "clips"), ("data", "x", "data")]:
         with pytest.raises(UserError, match=message):
             Config.preset("book", **{key: value})
+    assert Config.preset("full", start="null").start is None       # as the error for missing weights proposes
     with pytest.raises(UserError, match="TSM"):
         cmr.run(Config.preset("smoke", rows=("TSMM",)))
 
