@@ -780,9 +780,10 @@ def judge_claim(metrics: Mapping) -> tuple[Claim, list[Claim]]:
     judged = lambda text, row, other, metric, size=0.0: decide(
         text, gain(metrics, row, other, metric), size, metric == "HTER",
         f"points of {metric}")
-    rival = RANDOM if there((OURS, RANDOM)) else next(iter(metrics))
-    ours = OURS if OURS in metrics else rival
-    return judged(CLAIM, ours, rival, "AUC", SMALLEST), [
+    claim = judged(CLAIM, OURS, RANDOM, "AUC", SMALLEST) if there(
+        (OURS, RANDOM)) else decide(f"{CLAIM} (not judged: a row lacks)",
+                                    [0.0], SMALLEST)
+    return claim, [
         judged(text, *what) for text, what in FINDINGS.items()
         if there(what[:2])]
 

@@ -462,6 +462,8 @@ def test_claim_and_control_follow_the_numbers(ours, true, verdicts):
     claim, findings = d2am.judge_claim({d2am.OURS: row(ours), d2am.TRUE: row(true), d2am.RANDOM: row([80.] * 3)})
     assert (claim.verdict, findings[0].verdict) == verdicts and findings[0].text.startswith("positive control")
     assert findings[1].lower and findings[1].verdict == verdicts[1]
+    alone, none = d2am.judge_claim({d2am.OURS: row(ours)})
+    assert alone.verdict == "undecided" and "not judged" in alone.text and not none
 
 
 def test_training_learns():
