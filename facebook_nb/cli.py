@@ -11,6 +11,7 @@ __all__ = ['CHAPTERS', 'app', 'data_app', 'apply_app', 'Preset', 'DataRoot', 'Se
 # %% ../nbs/foundations/cli.ipynb #imports
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -106,8 +107,10 @@ class Outcome:
 
 
 def _one_line(failure: Exception) -> str:
-    if type(failure).__name__ in ("DeadKernelError", "BrokenProcessPool"):
-        return ("its process died, most often for lack of memory; what was "
+    who = {"DeadKernelError": "the kernel", "BrokenProcessPool": "the worker"
+           }.get(type(failure).__name__)
+    if who:
+        return (f"{who} died, most often for lack of memory; what was "
                 "finished is kept, run the same command again")
     text = str(failure).strip().split("\n")[0]
     return f"{type(failure).__name__}: {text}"
@@ -590,7 +593,9 @@ def data_check(chapter: Annotated[str, typer.Argument(metavar="CHAPTER")],
         raise UserError("--data-root: say where your copy of the data is")
     if not data_root.is_dir():
         raise UserError(f"--data-root {data_root}: no such folder")
-    found = module.check_data(data_root)
+    takes = inspect.signature(module.check_data).parameters
+    found = module.check_data(
+        data_root, **({"preset": preset} if "preset" in takes else {}))
     typer.echo(str(found))
     if not found.usable:
         raise typer.Exit(2)

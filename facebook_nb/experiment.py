@@ -38,6 +38,8 @@ def _checked(chapter: str, name: str, kind, value):
     """`value` as the type `kind`; text from a command line is parsed."""
     from pydantic import TypeAdapter, ValidationError
 
+    if value == "null" and type(None) in typing.get_args(kind):
+        return None                     # and no path of that name
     adapter = TypeAdapter(kind)
     try:
         return adapter.validate_python(value)
@@ -429,7 +431,7 @@ class Claim:
         return "refuted" if high < self.smallest_effect else "undecided"
 
     def __str__(self) -> str:
-        if self.effect != self.effect:      # too little to judge by
+        if self.effect is None or self.effect != self.effect:
             return f"{self.verdict}: not measured"
         size = max(map(abs, self.interval or [self.effect])) or 1
         digits = min(4, max(0, 2 - int(np.floor(np.log10(size) + 1))))
@@ -468,7 +470,7 @@ def decide(text: str, differences, smallest_effect: float = 0.0,
     if not len(d) or smallest_effect < 0:
         raise ValueError(f"decide: {len(d)} differences, smallest effect "
                          f"{smallest_effect}; at least 1, and at least 0")
-    half, mean = half_width(d), float(d.mean())
+    half, mean = half_width(d), float(d.mean())     # NaN: not measured
     interval = (mean - half, mean + half) if half == half else None
     return Claim(text, mean, interval, smallest_effect, lower, unit, len(d))
 

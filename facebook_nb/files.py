@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_SIDE', 'MAX_BYTES', 'IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'SHIPPED', 'plumbing', 'UserError',
            'write_atomic', 'write_json', 'read_bytes', 'read_text', 'read_json', 'leads_out', 'inside', 'to_uint8',
-           'image_array', 'decode_image', 'read_image', 'write_image', 'pictures_in', 'DataCheck', 'tensors_digest',
-           'write_weights', 'list_shipped', 'read_about', 'read_metadata', 'read_weights', 'load_plain', 'load_strict',
-           'progress']
+           'image_array', 'decode_image', 'read_image', 'write_image', 'pictures_in', 'people_of', 'DataCheck',
+           'tensors_digest', 'write_weights', 'list_shipped', 'read_about', 'read_metadata', 'read_weights',
+           'load_plain', 'load_strict', 'progress']
 
 # %% ../nbs/foundations/files.ipynb #imports
 import errno
@@ -44,9 +44,11 @@ class UserError(ValueError):
 _DISK = {errno.ENOSPC: "the disk is full",
          errno.EDQUOT: "the quota is used up",
          errno.EFBIG: "the file is larger than is allowed here",
-         errno.EIO: "the disk reports an error"}
+         errno.EIO: "the disk reports an error",
+         errno.ENAMETOOLONG: "its name is too long"}
 
 
+@plumbing
 def _disk(error: Exception) -> str:
     """What the disk says in an error of a writer, or nothing."""
     code = getattr(error, "errno", None)        # not all pass it on
@@ -162,6 +164,7 @@ def read_bytes(path: str | Path, most: int | None = None) -> bytes:
         raise UserError(f"{path}: cannot be read ({why})") from None
 
 
+@plumbing
 def _unblocked(path, flags):
     """Open without waiting for the other end of a pipe."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
@@ -201,13 +204,24 @@ def read_json(path: str | Path, kind: type = object):
     return value
 
 # %% ../nbs/foundations/files.ipynb #inside
+@plumbing
 def leads_out(name: str) -> bool:
-    """Whether a name is absolute, climbs with `..`, or is none."""
+    """Whether a name is absolute, climbs with `..`, or is none.
+
+    None: empty, no text, with a zero in it, or longer than a name can be.
+    """
+    try:
+        raw = os.fsencode(name)
+    except UnicodeEncodeError:
+        return True
     return (not name or name[0] in "/\\" or "\0" in name
+            or len(raw) > 1000
+            or len(raw) > 240 and max(map(len, raw.split(b"/"))) > 240
             or name[1:2] == ":"         # C:, a drive
             or ".." in name and ".." in re.split(r"[/\\]", name))
 
 
+@plumbing
 def inside(root: str | Path, name: str, where: object = "",
            write: bool = False) -> Path:
     """`root`/`name`, for a name from a list or an archive.
@@ -219,7 +233,7 @@ def inside(root: str | Path, name: str, where: object = "",
     if not path or leads_out(name) or write and not (
             path.resolve().is_relative_to(Path(root).resolve())):
         raise UserError(f"{where or root}: the name {name!r:.80} leads out "
-                        f"of its folder; names must lie below {root}")
+                        f"of its folder or is none; take one below {root}")
     return path
 
 # %% ../nbs/foundations/files.ipynb #to_uint8
@@ -366,6 +380,12 @@ def pictures_in(inputs, suffixes=IMAGE_SUFFIXES) -> list[Path]:
                         if p.suffix.lower() in suffixes)
         found += inside if path.is_dir() and inside else [path]
     return found
+
+# %% ../nbs/foundations/files.ipynb #people_of
+def people_of(paths, root: str | Path) -> list[str]:
+    """Whose picture each path is: its folder below root, or its own name."""
+    return [Path(p).parent.relative_to(root).as_posix()
+            if Path(p).parent != Path(root) else Path(p).name for p in paths]
 
 # %% ../nbs/foundations/files.ipynb #DataCheck
 @plumbing
@@ -541,6 +561,7 @@ def _unwrapped(state: Mapping) -> dict:
             for k, v in state.items()}
 
 # %% ../nbs/foundations/files.ipynb #load_plain
+@plumbing
 class _Dtype:
     """Stands in for numpy.dtype: its code and byte order, no more."""
 
@@ -575,6 +596,7 @@ class _Dtype:
         return made.reshape(shape, order=order).copy()
 
 
+@plumbing
 class _Ndarray:
     """Stands in for numpy.ndarray until its state is known."""
 
@@ -586,6 +608,7 @@ class _Ndarray:
         self.made = kind.array(data, shape, "F" if fortran else "C")
 
 
+@plumbing
 class _Sealed:
     """A function that a pickle may call, and cannot change."""
 
@@ -601,12 +624,14 @@ class _Sealed:
         raise pickle.UnpicklingError("a state for a function")
 
 
+@plumbing
 def _latin(text="", codec="latin1"):    # how protocol 2 writes bytes
     if codec not in ("latin1", "latin-1", b"latin1"):
         raise pickle.UnpicklingError(f"codec {codec!r:.40}")
     return text.encode("latin1")
 
 
+@plumbing
 class _Plain(pickle.Unpickler):
     NUMPY = {
         "dtype": _Dtype, "ndarray": None,       # None: named, never called
@@ -626,6 +651,7 @@ class _Plain(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
+@plumbing
 def _settled(value, seen: dict):
     """The value with arrays in place of their stand-ins."""
     import numpy as np
@@ -652,6 +678,7 @@ def _settled(value, seen: dict):
     return made
 
 
+@plumbing
 def load_plain(path: str | Path, encoding: str = "latin1"):
     """A pickle of arrays, lists, mappings, numbers and text; runs no code.
 

@@ -1359,20 +1359,26 @@ def check_pictures(root: Path) -> None:
                         "one whose folders are people")
 
 # %% ../nbs/chapters/sdd_fiqa.ipynb #check_data
-def check_data(data_root: str | Path) -> DataCheck:
-    """Whether preset `full` would start on this folder, and what it holds.
+def check_data(data_root: str | Path, preset: str = "full") -> DataCheck:
+    """Whether the preset would start on this folder, and what it holds.
 
-    A folder of people alone is enough for preset `book`, and is described.
+    A folder of people is enough for all presets but `full`.
     """
     root = Path(data_root)
-    parts, lines, wrong = look_through(root)
-    if not lines and root.is_dir():
-        try:
-            lines.append(f"for preset book: {check(root)}")
-        except UserError as error:
-            lines.append(str(error))
-    return DataCheck(not wrong, lines + [f"for preset full: {text}"
-                                         for text in wrong])
+    if preset == "full":
+        _, lines, wrong = look_through(root)
+        if lines or not root.is_dir():
+            return DataCheck(not wrong, lines + wrong)
+    try:
+        check_pictures(root)
+        found = check(root)
+        usable, lines = found.usable, [f"for preset book: {found}"]
+    except UserError as error:
+        usable, lines = False, [str(error)]
+    if preset == "full":
+        usable, lines = False, lines + [f"for preset full: {text}"
+                                        for text in wrong]
+    return DataCheck(usable, lines)
 
 # %% ../nbs/chapters/sdd_fiqa.ipynb #TrainingFaces
 class TrainingFaces:

@@ -11,18 +11,22 @@ import io
 import json
 import pickle
 import random
+import re
 import shutil
 import tarfile
 import tempfile
 import warnings
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from facebook_nb.experiment import RunFolder, Settings
 from facebook_nb.files import UserError, progress, read_image, read_json, read_weights, write_weights
-from facebook_nb.readers import faces, fewshot, video
+from facebook_nb.inputs import apply_each, shown
+from facebook_nb.readers import faces, fewshot, forgery, photosets, spoof, video
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
 
@@ -51,11 +55,11 @@ def tarred(*members: tuple[str, bytes]) -> bytes:
     return buffer.getvalue()
 
 
-def film(path: Path) -> None:
+def film(path: Path, codec: str = "libx264") -> None:
     import av
 
     with av.open(str(path), "w") as file:
-        stream = file.add_stream("libx264", rate=10)
+        stream = file.add_stream(codec, rate=25, options={"bf": "2", "g": "8"})
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
         for k in range(20):
             frame = np.full((64, 64, 3), 10 * k, np.uint8)
@@ -81,6 +85,36 @@ def cinema(path: Path):
     return sum(len(c) for c in clip.chunks())
 
 
+@dataclass(frozen=True)
+class Run(Settings):
+    out_dir: Path | None = None
+    devices: int | None = None
+    steps: int = 3
+
+
+def work() -> dict:
+    return {"x": np.arange(100.0), "y": 1.0}
+
+
+def run_again(path: Path):
+    """A step whose file is damaged is told, or done again; its numbers are never others."""
+    folder = path.parent if path.parent.name == "run" else path.parent.parent
+    found = RunFolder(Run(out_dir=folder)).step("s", work)
+    assert (found["x"] == work()["x"]).all() and found["y"] == 1, "other numbers"
+
+
+def applied(path: Path):
+    """What `apply` says of a file of an odd name, beside a good one."""
+    rows = apply_each(path.parent, lambda item: {"mean": float(item.picture().mean())}, path.parent.parent / "applied")
+    shutil.rmtree(path.parent.parent / "applied")
+    assert len(rows) == 2 and sum("error" in row for row in rows) <= 1, rows
+    assert all(c.isprintable() for row in rows for c in row["input"])
+    for row in rows:
+        if "error" in row:
+            assert "failed (" not in row["error"], row["error"]
+            raise UserError(row["error"])
+
+
 def unpack(path: Path):
     """Whole, or nothing: the folder is there only when everything is in it."""
     target = path.parent / "unpacked"
@@ -98,7 +132,19 @@ def goods(place: Path) -> dict:
     """kind → (file to be damaged, what reads it). Writes the good files below `place`."""
     png, jpg = encoded(".png"), encoded(".jpg")
     write_weights(place / "w.safetensors", {"a.weight": torch.ones(8, 8), "b": torch.arange(5)})
-    film(place / "film.mp4")
+    films = {"film.mp4": "libx264", "film.avi": "mpeg4", "film.ts": "mpeg2video", "film.mkv": "libx264"}
+    for name, codec in films.items():
+        film(place / name, codec)
+    RunFolder(Run(out_dir=place / "run")).step("s", work)
+    step, = (place / "run/steps").glob("s*.npz")
+    odd = (b"M\xfcller.png".decode(errors="surrogateescape"), "\x1b[2J.png", "n" * 200 + ".png")
+    for k in range(len(odd)):
+        (place / f"odd{k}").mkdir()
+        (place / f"odd{k}/good.png").write_bytes(png)
+    (place / "spoof").mkdir()
+    for name in ("celeba/img_align_celeba/a.jpg", "celeba/img_align_celeba/b.jpg", "spoof/a.jpg"):
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(jpg)
     lists = place / "lists"
     for name in ("A/A_0001", "A/A_0002", "B/B_0001"):
         path = lists / f"{name}.jpg"
@@ -107,7 +153,18 @@ def goods(place: Path) -> dict:
     made = {
         "a.png": (png, read_image), "a.jpg": (jpg, read_image), "a.webp": (encoded(".webp"), read_image),
         "a.bmp": (encoded(".bmp"), read_image), "a.tiff": (encoded(".tiff"), read_image),
-        "film.mp4": ((place / "film.mp4").read_bytes(), cinema),
+        **{name: ((place / name).read_bytes(), cinema) for name in films},
+        "run/config.json": ((place / "run/config.json").read_bytes(), run_again),
+        f"run/steps/{step.name}": (step.read_bytes(), run_again),
+        **{f"odd{k}/{name}": (png, applied) for k, name in enumerate(odd)},
+        "spoof/list.txt": (b"# live=1\na.jpg 1\na.jpg 0\n", spoof.read_list),
+        "celeba/identity_CelebA.txt": (b"a.jpg 1\nb.jpg 1\n", lambda p: photosets.celeba_sets(p.parent, 2, split=None)),
+        "dfdc/dataset.json": (json.dumps({"m/a.mp4": {"label": "fake", "set": "test"}}).encode(),
+                              lambda p: forgery.read_dfdc_preview(p.parent)),
+        "bench.json": (json.dumps({"X": {"FF-DF": {"test": {"c23": {"v": {"frames": ["a/frames/0.png"]}}}}}}).encode(),
+                       lambda p: forgery.read_deepfakebench(p, "test")),
+        "celebdf/List_of_testing_videos.txt": (b"1 a/b.mp4\n0 c/d.mp4\n", lambda p: forgery.read_celebdf(p.parent)),
+        "bfw.csv": (b"p1,p2,label,att1,att2,fold\na/1.jpg,a/2.jpg,1,x,x,1\n", faces.read_bfw),
         "frames.npy": (None, lambda p: video.FrameArray(p).read([0, 1])),
         "w.safetensors": ((place / "w.safetensors").read_bytes(), read_weights),
         "w.pt": (saved({"a": torch.ones(9, 9)}), read_weights),
@@ -188,7 +245,27 @@ def shift(data, chance):
     return b"\n".join(lines)
 
 
-WAYS = (cut, scribble, flip, lose, repeat, replace, shift)
+def recode(data, chance):
+    """A text as other programs save it."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return data[::-1]
+    at = chance.randrange(len(text))
+    return chance.choice([data.decode().encode("utf-8-sig"), text.encode("utf-16"), text.encode("utf-32"),
+                          (text[:at] + "ü" + text[at:]).encode("latin-1"), text.replace("\n", "\r\n").encode()])
+
+
+def lead_out(data, chance):
+    """A name in a text climbs out of its folder, or is none."""
+    if b"\0" in data:
+        return data[len(data) // 2:]
+    at = chance.choice([0, *(m.end() for m in re.finditer(rb'[\n\t," /]', data))])
+    name = chance.choice([b"../../../", b"/etc/", b"C:\\", b"x" * 5000, "²".encode(), b"\\..\\", b"inf", b"9" * 30])
+    return data[:at] + name + data[at:]
+
+
+WAYS = (cut, scribble, flip, lose, repeat, replace, shift, recode, lead_out)
 
 
 def torment(count: int, seed: int, place: Path) -> tuple[int, int, list[str]]:
@@ -211,7 +288,7 @@ def torment(count: int, seed: int, place: Path) -> tuple[int, int, list[str]]:
             read += 1
         except UserError as error:
             refused += 1
-            if path.name not in str(error) and path.parent.name not in str(error) or "\n" in str(error):
+            if shown(path.name) not in str(error) and path.parent.name not in str(error) or "\n" in str(error):
                 defects.append(f"{what}: the message does not name the file in one line: {error}")
         except Exception as error:
             defects.append(f"{what}: {type(error).__name__}: {str(error)[:200]}")

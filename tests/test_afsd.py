@@ -587,7 +587,8 @@ def test_activitynet_json_with_films(tmp_path):
     path.write_text(json.dumps({"database": {"aaa": base["aaa"]}}))
     with pytest.raises(UserError, match="two of the subsets train, training, val"):
         afsd.find_data(tmp_path)
-    path.write_text(json.dumps({"database": {"a": {**base["aaa"], "subset": "train"}, "b": {**base["aaa"], "subset": "val"}}}))
+    both = {name: {**base["aaa"], "subset": subset} for name, subset in (("a", "train"), ("b", "val"))}
+    path.write_text(json.dumps({"database": both}))
     assert [v.name for v in afsd.find_data(tmp_path)[3]] == ["b"]
 
 
@@ -629,6 +630,16 @@ class Tiny(afsd.AFSD):
         self.detector = afsd.Detector(first, classes, c=16, groups=4)
 
 
+def tiny_full(root):
+    """For tests.together: a clip for each of the processes."""
+    write_thumos(root, "json")
+    return dict(data_root=root, start=None, steps=1, workers=0, batch_size=2)
+
+
+def stand_ins():
+    afsd.AFSD = Tiny
+
+
 def test_full_preset_on_a_tiny_thumos14(tmp_path, monkeypatch):
     write_thumos(tmp_path, "json")
     with pytest.raises(UserError, match="data_root.*rgb_imagenet.pt"):
@@ -659,7 +670,8 @@ def test_run_goes_on_where_it_stopped_and_apply_uses_its_weights(tmp_path):
         write_image(tmp_path / "c" / f"{i:05d}.png", image[..., None].repeat(3, -1))
     (tmp_path / "d.mp4").write_bytes(b"")
     write_image(tmp_path / "still.png", film[0][..., None].repeat(3, -1))
-    rows = afsd.apply([tmp_path / n for n in ("a.mp4", "d.mp4", "b.npy", "c", "still.png")] + [film[..., None].repeat(2, -1)],
+    films = [tmp_path / n for n in ("a.mp4", "d.mp4", "b.npy", "c", "still.png")]
+    rows = afsd.apply([*films, film[..., None].repeat(2, -1)],
                       tmp_path / "run" / "weights.safetensors", tmp_path / "out", least=0.02)
     assert list(rows[0])[0] == "input" and "empty" in rows[1]["error"] and "one picture" in rows[4]["error"]
     assert "2 channels" in rows[5]["error"] and all("this book" in row["weights"] for row in rows)

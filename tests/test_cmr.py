@@ -269,6 +269,7 @@ def test_settings_name_what_is_wrong():
     for key, value, message in [("clip", 3, "no setting 'clip'"), ("clips", "many", "clips"), ("data", "x", "data")]:
         with pytest.raises(UserError, match=message):
             Config.preset("book", **{key: value})
+    assert Config.preset("full", start="null").start is None       # as the error for missing weights proposes
     with pytest.raises(UserError, match="TSM"):
         cmr.run(Config.preset("smoke", rows=("TSMM",)))
 
@@ -415,7 +416,8 @@ def test_apply_on_files_and_arrays(tmp_path):
         assert rows[k]["label"] in cmr.CLASSES and sum(rows[k]["scores"].values()) == pytest.approx(1, abs=1e-3)
         assert (tmp_path / "out" / rows[k]["picture"]).exists() and "this book" in rows[k]["weights"]
     assert rows[8]["scores"] == rows[9]["scores"]
-    for k, message in ((1, "not readable as video"), (2, "one picture"), (5, "2 channels"), (6, "text.npy"), (10, "a still")):
+    wrong = {1: "not readable as video", 2: "one picture", 5: "2 channels", 6: "text.npy", 10: "a still"}
+    for k, message in wrong.items():
         assert message in rows[k]["error"] and "label" not in rows[k]
     assert list(json.loads((tmp_path / "out" / "results.json").read_text())[0])[0] == "input"
     assert cmr.apply(film, weights)[0]["label"] in cmr.CLASSES     # one film, and nothing written

@@ -1,5 +1,6 @@
 """The face world: deterministic, true to itself, and taken for faces by judges that never saw it."""
 import importlib.util
+import time
 from dataclasses import fields, replace
 
 import numpy as np
@@ -17,8 +18,11 @@ from facebook_nb.worlds.faces import (
     PARSING,
     SHAPE,
     Faces,
+    compress,
+    face_geometry,
     hair_colour,
     head_model,
+    landmark_points,
     render_faces,
     sample_people,
     sample_photos,
@@ -111,6 +115,37 @@ def test_template_is_symmetric_and_of_human_size():
     assert model.faces.max() < len(model.points) and model.rest.shape == (len(model.points), 3)
 
 
+def test_heads_have_human_sizes_and_two_sexes():
+    """Within 4 mm of the survey's means (Zhuang and Bradtmiller 2005), men and women apart by their shape alone."""
+    crowd = sample_people(160, seed=3)
+    still = sample_photos(crowd, 1, seed=0, pose=0, light=0, expression=0)
+    at = landmark_points(face_geometry(crowd, still, fine=False), crowd, still)
+    length, lips = (10 * (at[:, i] - at[:, j]).norm(dim=1) for i, j in ((27, 8), (48, 54)))
+    man = crowd["masc"] > 0
+    for measure, men, women in ((length, 122.7, 113.4), (lips, 51.1, 48.0)):
+        assert abs(measure[man].mean() - men) < 4 and abs(measure[~man].mean() - women) < 4
+    assert length.std() > 5 and abs(crowd["masc"]).mean() > 0.6
+    assert not crowd["beard"][~man].any() and crowd["beard"][man].gt(0.3).float().mean() > 0.05
+
+
+def test_both_meshes_are_one_head(people, plain):
+    """Small pictures take the coarse mesh: the same face to half a millimetre at the landmarks."""
+    fine, coarse = (landmark_points(face_geometry(people, plain, fine=f), people, plain) for f in (True, False))
+    assert (fine - coarse).norm(dim=-1).median() < 0.05 and (fine - coarse).norm(dim=-1).max() < 0.4
+
+
+def test_compression_and_lens_take_what_they_say(people, plain, faces):
+    quality = lambda q: compress(faces.image, torch.full((12,), float(q)))
+    loss = [(quality(q) - faces.image).abs().mean() for q in (98, 60, 20)]
+    assert loss[0] < 0.01 and loss[0] < loss[1] < loss[2] < 0.08
+    clear = sample_photos(people, 1, seed=2, lens=0).lens
+    assert (clear[:, [0, 1]] == 0).all() and (clear[:, 2:4] == 1).all() and (clear[:, 5] == 100).all()
+    soft = replace(plain, lens=plain.lens + torch.tensor([8.0, 0, 0, 0, 0, 0]))
+    edges = lambda f: f.image.diff(dim=3).abs().mean()
+    blurred = render_faces(people, soft, 160, "face")
+    assert edges(blurred) < 0.9 * edges(faces) and torch.equal(blurred.normals, faces.normals)
+
+
 def test_landmarks_agree_with_parsing(people, faces):
     photos = sample_photos(people, 2, seed=6, pose=20)
     for shot, size in ((faces, 160), (render_faces(people, photos, 200, "face"), 200)):
@@ -176,6 +211,8 @@ def test_expressions_move_what_they_should(people, plain, faces):
     assert wide.mask("mouth").sum() > 20 * max(1, faces.mask("mouth").sum())
     assert (height(shot(blink=1.0), 37, 41).abs() < 0.3 * height(faces, 37, 41)).all()
     assert shot(blink=1.0).mask("eyes").sum() < 0.3 * faces.mask("eyes").sum()
+    parted = shot(show=1.0)
+    assert (height(parted, 62, 66) > height(faces, 62, 66) + 3).all() and parted.mask("mouth").any()
     assert (height(shot(**{"raise": 1.0}), 19, 27) > height(faces, 19, 27) + 2).all()
 
 
@@ -240,17 +277,32 @@ def pixels(faces):
     return np.ascontiguousarray(image.numpy())
 
 
+def test_a_hundred_photos_take_seconds():
+    """100 a second on a free core; a fifth of that is asked for, by the processor's clock, on one that others share."""
+    crowd = sample_people(6, seed=3)
+    photos = sample_photos(crowd, 4, seed=3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        render_faces(crowd, photos[:8], 112)
+        start = time.process_time()
+        render_faces(crowd, photos, 112)
+        assert len(photos) / (time.process_time() - start) > 20
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_a_real_detector_finds_the_faces():
-    """At least 98 % of 200 people at 200 pixels, |yaw| <= 25 degrees, image enlarged once."""
+    """At least 99 % of 120 people at 200 pixels, |yaw| <= 25 degrees, the image not enlarged."""
     detect = judge()[1]
-    crowd = sample_people(200, seed=0)
-    shots = render_faces(crowd, sample_photos(crowd, 1, seed=0, pose=25), 200, "head")
+    crowd = sample_people(120, seed=0)
+    shots = render_faces(crowd, sample_photos(crowd, 1, seed=0, pose=25), 200, "head", samples=1)
     centre = shots.landmarks[:, 17:].mean(1)
     found = sum(
-        any(box.left() < x < box.right() and box.top() < y < box.bottom() for box in detect(image, 1))
+        any(box.left() < x < box.right() and box.top() < y < box.bottom() for box in detect(image, 0))
         for image, (x, y) in zip(pixels(shots), centre.tolist())
     )
-    assert found >= 0.98 * len(crowd)
+    assert found >= 0.99 * len(crowd)
 
 
 def test_a_real_recogniser_tells_the_people_apart():
@@ -260,7 +312,7 @@ def test_a_real_recogniser_tells_the_people_apart():
     dlib, detect, predict = judge()
     crowd = sample_people(20, seed=21)
     photos = sample_photos(crowd, 5, seed=21, pose=30)
-    shots = render_faces(crowd, photos, 200, "head")
+    shots = render_faces(crowd, photos, 200, "head", samples=1)
     chips = []
     for image, points in zip(pixels(shots), shots.landmarks[:, 17:].numpy()):
         box = max(detect(image, 0), key=lambda b: b.area(), default=None)
@@ -273,4 +325,4 @@ def test_a_real_recogniser_tells_the_people_apart():
     one, two = torch.triu_indices(100, 100, 1)
     distance = (codes[one] - codes[two]).norm(dim=1)
     same_person = photos.person[one] == photos.person[two]
-    assert roc_auc_score(same_person, -distance) >= 0.97
+    assert roc_auc_score(same_person, -distance) >= 0.985

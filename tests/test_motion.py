@@ -7,7 +7,7 @@ import pytest
 
 from facebook_nb.files import UserError
 from facebook_nb.readers.video import open_clip, segment_indices
-from facebook_nb.worlds.motion import motion_energy, two_swells, two_sweeps, untrimmed, write_video
+from facebook_nb.worlds.motion import motion_energy, two_sweeps, two_swells, untrimmed, write_video
 
 
 def test_a_clip_does_not_depend_on_its_batch():
@@ -36,7 +36,7 @@ def test_swells_change_in_size_and_not_in_place():
     alone = two_swells(1, seed=0, size=64, clutter=0, start=5)
     assert (alone.frames[0] == clips.frames[5]).all() and alone.bits[0].tolist() == [1, 0, 1]
     for frames, places, (o, a, b) in zip(clips.frames.astype(float), clips.mover, clips.bits):
-        for event, (kind, back) in zip((slice(0, 12), slice(12, 24)), ((1, b), (0, a)) if o else ((0, a), (1, b))):
+        for event, back in ((slice(0, 12), b if o else a), (slice(12, 24), a if o else b)):
             assert np.ptp(places[event], axis=0).max() == 0
             x, y = places[event][0].astype(int)
             near = frames[event][:, max(0, y - 9) : y + 10, max(0, x - 9) : x + 10].mean((1, 2))   # its average colour

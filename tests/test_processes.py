@@ -113,7 +113,7 @@ def test_a_worker_that_dies_costs_its_own_job(tmp_path):
     found = on_all_cores(child.outcome, {name: (name,) for name in ("a", "dies", "b", "c")}, said.append)
     assert [*found] == ["a", "dies", "b", "c"] and len(said) == 4
     assert [bool(o.error) for o in found.values()] == [False, True, False, False]
-    assert "its process died" in found["dies"].error and "\n" not in found["dies"].error
+    assert "the worker died" in found["dies"].error and "\n" not in found["dies"].error
 
 
 # --- killed and resumed ---

@@ -16,6 +16,7 @@ from facebook_nb.models.recognisers import (
     detect_faces,
     embed,
     find_dlib_weights,
+    find_face,
     five_points,
     halve,
     load_dlib,
@@ -143,6 +144,13 @@ def test_shrinking_does_not_alias():
     assert align(stripes, points)[..., 8:-8, 8:-8].std() < 0.01
     assert (halve(torch.ones(1, 2, 9, 12))[..., 1:-1, 1:-1] - 1).abs().max() < 1e-6
     assert halve(torch.ones(1, 2, 9, 12)).shape == (1, 2, 5, 6)
+    for shape in ((2, 3, 8, 8), (1, 1, 9, 31), (1, 3, 40, 17), (1, 3, 5, 30)):   # OpenCV's form, the convolutions
+        x = torch.rand(shape)
+        slow = halve(x.clone().requires_grad_())
+        slow.sum().backward()
+        assert (halve(x) - slow).abs().max() < 5e-7 and not halve(x).requires_grad
+        bytes_ = (255 * x).byte()
+        assert (halve(bytes_) - halve(bytes_ / 255)).abs().max() < 5e-7
 
 
 def test_a_batch_is_its_parts_and_gradients_reach_both_inputs():
@@ -206,6 +214,34 @@ def test_faces_are_found_where_they_are(dlib, world):
     big = np.kron(pictures[0], np.ones((2, 2, 1), np.uint8))          # pixel i becomes 2i and 2i + 1
     once, twice = detect_faces(pictures[0], upsample=1), detect_faces(big, upsample=0)
     assert ((once.points[0] + 0.5) * 2 - 0.5 - twice.points[0]).abs().max() < 4
+
+
+@pytest.mark.parametrize("template", ["arcface112", "dlib150"])
+@pytest.mark.parametrize("scale", [0.7, 3.0, 9.0])
+def test_what_is_far_from_the_face_changes_nothing(template, scale, monkeypatch):
+    """A part of the picture is cut, in bytes; the crop is that of the whole in floats, at its edges too."""
+    image = torch.from_numpy(texture(3, 900, 2)).permute(2, 0, 1)[None]
+    side, points = TEMPLATES[template]
+    for at in ((0, 0), (430, 300), (850, 880)):
+        p = torch.from_numpy((points - side / 2) * scale + at).float()[None]
+        got = align(image, p, template)
+        with monkeypatch.context() as patch:
+            patch.setattr(recognisers, "_span", lambda at, step, end: (0, end))
+            assert (got - align(image / 255, p, template)).abs().max() < 1e-4
+    huge = torch.full((1, 3, 1, 1), 51, dtype=torch.uint8).expand(1, 3, 20000, 20000)   # 4.8 GB, were it copied
+    p = torch.from_numpy(points * 3 + 9000).float()[None]
+    assert (align(huge, p, template) - 0.2).abs().max() < 1e-5
+
+
+def test_what_was_judged_is_said(dlib, world, monkeypatch, capsys):
+    colour = (world.image[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    crop, word = find_face(colour, "dlib150", 64)
+    assert word == "found" and (crop == crop_faces([colour], "dlib150", 64).images[0]).all()
+    wall = np.full((90, 60, 3), 9, np.uint8)
+    assert find_face(wall)[1] == "not found" and capsys.readouterr().err == ""
+    monkeypatch.setattr(recognisers, "dlib_installed", lambda: False)
+    assert [find_face(x)[1] for x in (wall, colour)] == ["not looked for"] * 2
+    assert capsys.readouterr().err.count("no face detector") == 1
 
 
 def test_small_grey_and_odd_pictures(dlib, world):

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..files import UserError, read_json
+from ..files import UserError, inside, read_json, read_text
 from .video import VideoFile, open_clip
 
 # %% ../../nbs/foundations/readers_localisation.ipynb #Labelled
@@ -73,8 +73,7 @@ def find_media(root: Path, name: str, flow: bool = False) -> Path | None:
 
 # %% ../../nbs/foundations/readers_localisation.ipynb #labelled-videos
 def _csv(path: Path, *columns: str) -> list[dict]:
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = list(csv.DictReader(read_text(path).splitlines()))
     if not rows or not set(columns) <= set(rows[0]):
         raise UserError(f"{path}: needs a header with the columns "
                         f"{', '.join(columns)}, and rows")
@@ -97,6 +96,7 @@ def _videos(root, rows, flow, duration, classes) -> list[Labelled]:
         by_video.setdefault(name, []).append(row)
     found = []
     for name, actions in by_video.items():
+        inside(root, name)
         a = np.array(actions, float)
         found.append(Labelled(name, find_media(root, name, flow),
                               a[:, :2], a[:, 2].astype(int),
@@ -122,7 +122,7 @@ def read_thumos14(root, split: str, flow: bool = False):
         classes = THUMOS14
         if (names := folder / "Class Index_Detection.txt").is_file():
             classes = tuple(x.split()[-1] for x in
-                            names.read_text().splitlines() if x.strip())
+                            read_text(names).splitlines() if x.strip())
         rows, info = _csv(table, "video", "type", "start", "end"), {}
         if (path := folder / f"{split}_video_info.csv").is_file():
             for r in _csv(path, "video", "fps", "count"):
@@ -135,7 +135,7 @@ def read_thumos14(root, split: str, flow: bool = False):
              if not p.name.startswith("Ambiguous")]
     rows = []
     for path in texts:
-        for line in path.read_text().splitlines():
+        for line in read_text(path).splitlines():
             if line.strip():
                 rows.append((*line.split()[:1], path.stem[: -len(split) - 1],
                              *(line.split()[1:] + ["", ""])[:2]))

@@ -1301,7 +1301,7 @@ def paint_lines(s: Surface) -> None:
         ax, v, 0, 4.0, 3.2, 1.2
     )
     brow = (
-        brow * (0.55 * old**1.5 + 0.5 * up * (0.3 + old)) * (0.8 + 0.3 * medium)
+        brow * (0.75 * old**1.5 + 0.5 * up * (0.3 + old)) * (0.8 + 0.3 * medium)
     )
     feet = (
         torch.cos(7 * torch.atan2(v + 0.1, ax - 4.1) + coarse).clamp(min=0) ** 6
@@ -1553,7 +1553,7 @@ def paint_beard(s: Surface) -> None:
     )
     full, tash, stub = p.look("beard"), p.look("moustache"), p.look("stubble")
     beard = (1.8 * full).clamp(max=1)
-    hairs = (0.80 + 0.20 * strand + 0.14 * fine).clamp(0, 1)
+    hairs = (0.84 + 0.12 * strand + 0.16 * fine).clamp(0, 1)
     grow = torch.maximum(
         chin * beard, lip * (1.8 * torch.maximum(tash, full)).clamp(max=1)
     )
@@ -1566,8 +1566,9 @@ def paint_beard(s: Surface) -> None:
     colour = hair_colour(
         p.look("hair_dark"), p.look("hair_red") + 0.06, p.look("grey")
     )
-    s.over(at, 0.85 * colour * (1 + 0.25 * strand.clamp(-1, 2)), 0.95 * alpha)
-    s.height[at] = s.height[at] + alpha * (0.03 * strand + 0.02 * fine)
+    tone = 0.85 * (1 + 0.14 * (strand + fine + medium).clamp(-2, 3))
+    s.over(at, colour * tone, 0.95 * alpha)
+    s.height[at] = s.height[at] + alpha * (0.02 * strand + 0.03 * fine)
     s.gloss[at] = s.gloss[at] * (1 - 0.7 * alpha)
     s.mark(at, "hair", grow > 0.6)
 
@@ -1975,7 +1976,7 @@ def expose(light: Tensor, people: People, photos: Photos) -> Tensor:
     lamp = (photos.key * facing).sum(1).clamp(min=0.2)
     lamp = lamp * photos.key_colour.mean(1)
     sky = harmonics(facing) @ photos.ambient.mean(2, keepdim=True)
-    gain = 0.68 * 2**photos.exposure / ((lamp + sky[:, 0, 0]) * skin**0.62)
+    gain = 0.63 * 2**photos.exposure / ((lamp + sky[:, 0, 0]) * skin**0.62)
     return light * gain[:, None, None, None]
 
 
@@ -2305,9 +2306,10 @@ def _paint(people, photos, fr, att, g, px, d) -> Maps:
     n = n * torch.where(n[2] < 0, -1.0, 1.0)
     ball = torch.einsum("nij,jn->in", g.turn[image], s.ball)
     n = _unit(n + s.eye * (ball - n), 0)
+    s.height = s.height * (1 - s.eye)
     s.shine = s.shine * (1 - s.eye) + 0.14 * s.eye
     s.gloss = s.gloss * (1 - s.eye) + s.eye * 0.9
-    s.open = s.open * (1 - 0.35 * s.eye)
+    s.open = s.open * (1 - 0.15 * s.eye)
 
     def lay(value, empty):
         out = value.new_full((value.shape[0], b * h * w), empty)
@@ -2414,7 +2416,9 @@ def _develop(light, m, photos, size, landmarks, frame) -> Faces:
     image = (image + col(photos.camera[:, 4]) * noise).clamp(0, 1)
     # 16 bits: the last ones of exp and pow depend on a tensor's length
     fix = lambda t: torch.round(t * 65535) / 65535
-    image = compress(fix(image), optics[:, 5])
+    # photos are compressed when large; small ones have been made from those
+    loss = (100 - optics[:, 5]) * min(1.0, size / 200) ** 1.5
+    image = compress(fix(image), 100 - loss)
     xy, far = landmarks
     xy = (xy - (k - 1) / 2) / k
     at = xy.round().long()
