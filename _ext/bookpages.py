@@ -133,8 +133,8 @@ def banner(app, doctree):
     path = Path(app.srcdir) / "nbs" / "results" / f"{chapter[1]}.json" if chapter else None
     if path and path.exists() and "due" in (entry := json.loads(path.read_text())):
         app.env.note_dependency(str(path))
-        text = (f"The experiment of this page is to be recorded: {entry['due']}. Until then its numbers and figures are "
-                "those of the smallest preset, smoke: they show that every line runs, and say nothing about the claim.")
+        text = (f"The experiment of this page is to be recorded: {entry['due']}. Until then its numbers and figures "
+                "are those of the smallest preset, smoke: every line runs, and nothing is said about the claim.")
         title = next(doctree.findall(nodes.title))
         title.parent.insert(title.parent.index(title) + 1, nodes.note("", nodes.paragraph(text=text)))
 

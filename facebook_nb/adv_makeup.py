@@ -1331,17 +1331,18 @@ class Stage(NamedTuple):
     style: Style
 
 
-def source_faces(images: Tensor, landmarks: Tensor,
-                 config: Config) -> Sources:
-    """Portraits in [0, 1], rounded to 8 bits, ready to be painted."""
-    orbits = [orbit_68(x) for x in np.asarray(landmarks)]
-    return make_sources(rounded(2 * torch.as_tensor(images) - 1), orbits,
-                        config.side, DROP, config.soft)
+def source_faces(p: Portraits, config: Config) -> Sources:
+    """Portraits, rounded to 8 bits, ready to be painted."""
+    orbits = [orbit_68(x) for x in np.asarray(p.landmarks)]
+    return make_sources(rounded(2 * p.images - 1), orbits, config.side, DROP,
+                        config.soft)
 
 
 def make_stage(config: Config, people: Mapping) -> Stage:
     """What `cast` gave, ready to be painted."""
-    everyone = source_faces(people["images"], people["landmarks"], config)
+    images, points = (torch.as_tensor(people[k])
+                      for k in ("images", "landmarks"))
+    everyone = source_faces(Portraits(images, points, None), config)
     n = everyone.n // 2
     return Stage(everyone.rows(slice(0, n)), everyone.rows(slice(n, None)),
                  torch.as_tensor(people["target"]), made_up(config),
@@ -1351,7 +1352,7 @@ def make_stage(config: Config, people: Mapping) -> Stage:
 def made_up(config: Config) -> Tensor:
     """Crops with painted shadow, of people of no other part."""
     p = _extras(4 * config.batch_size, 2000)
-    return paint_shadow(source_faces(p.images, p.landmarks, config), 0)
+    return paint_shadow(source_faces(p, config), 0)
 
 
 @functools.lru_cache(maxsize=2)
@@ -1369,7 +1370,7 @@ def small_style() -> Style:
 def learn_to_paint(config: Config) -> dict[str, Tensor]:
     """Generator and discriminator before any target: name → tensor."""
     p = render_portraits(4 * config.batch_size, 1, 3000)
-    src = source_faces(p.images, p.landmarks, config)
+    src = source_faces(p, config)
     seed_everything(5)
     G, D = Generator(config.width), Discriminator(2 * config.width)
     weights = Weights(1.0, 0.0, config.style, config.gradient,
@@ -1917,7 +1918,7 @@ def apply(inputs, weights=None, out_dir=None,
         if p is None:
             return {"face": "not found", "reason": "no face; take a frontal "
                                                    "picture"}
-        src = source_faces(p.images, p.landmarks, Config())
+        src = source_faces(p, Config())
         new = _painted(src, goal, state, nets, iterations)
         before, after = (who.scores(who.embed(x), at)[0]
                          for x in (src.faces, new))

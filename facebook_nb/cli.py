@@ -11,6 +11,7 @@ __all__ = ['CHAPTERS', 'app', 'data_app', 'apply_app', 'Preset', 'DataRoot', 'Se
 # %% ../nbs/foundations/cli.ipynb #imports
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import shutil
@@ -592,7 +593,9 @@ def data_check(chapter: Annotated[str, typer.Argument(metavar="CHAPTER")],
         raise UserError("--data-root: say where your copy of the data is")
     if not data_root.is_dir():
         raise UserError(f"--data-root {data_root}: no such folder")
-    found = module.check_data(data_root)
+    takes = inspect.signature(module.check_data).parameters
+    found = module.check_data(
+        data_root, **({"preset": preset} if "preset" in takes else {}))
     typer.echo(str(found))
     if not found.usable:
         raise typer.Exit(2)

@@ -780,9 +780,10 @@ def judge_claim(metrics: Mapping) -> tuple[Claim, list[Claim]]:
     judged = lambda text, row, other, metric, size=0.0: decide(
         text, gain(metrics, row, other, metric), size, metric == "HTER",
         f"points of {metric}")
-    rival = RANDOM if there((OURS, RANDOM)) else next(iter(metrics))
-    ours = OURS if OURS in metrics else rival
-    return judged(CLAIM, ours, rival, "AUC", SMALLEST), [
+    claim = judged(CLAIM, OURS, RANDOM, "AUC", SMALLEST) if there(
+        (OURS, RANDOM)) else decide(f"{CLAIM} (not judged: a row lacks)",
+                                    [0.0], SMALLEST)
+    return claim, [
         judged(text, *what) for text, what in FINDINGS.items()
         if there(what[:2])]
 
@@ -1380,6 +1381,8 @@ def judge_item(net: D2AM, side: int, threshold: float, item: Item) -> dict:
     p, depth = predict(net, x)
     row = {"face": face, "liveness": round(float(p), 4),
            "threshold": round(threshold, 4), "live": bool(p >= threshold)}
+    if side < 256:                  # the small network of this page
+        row["note"] = "a demonstration on rendered faces: not for use"
     if item.folder is not None:
         row["picture"] = f"{item.stem}.png"
         write_image(item.folder / row["picture"], verdict_picture(
@@ -1395,8 +1398,8 @@ def apply(inputs, weights=None, out_dir=None) -> list[dict]:
     results.json, results.csv and a picture of each face with its depth map,
     score, threshold and verdict. Returns one dict a picture: input, weights,
     face ("found", "not found" or "not looked for"), liveness (0..1),
-    threshold (of the training's development set), live, picture; without a
-    face, or grey, the reason instead; or the error.
+    threshold (of the training's development set), live, note, picture;
+    without a face, or grey, the reason instead; or the error.
     """
     if not dlib_installed():
         tell("no face detector is installed (dlib-bin); the centre of each "

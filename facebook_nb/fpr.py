@@ -91,8 +91,8 @@ class Config(Settings):
 
     CHAPTER = "fpr"
     PRESETS = {
-        "smoke": {"people": (4, 8), "steps": (6, 8), "images": 3,
-                  "test_people": 5, "trunk_people": 4, "trunk_steps": 6,
+        "smoke": {"people": (3, 5), "steps": (6, 8), "images": 3,
+                  "test_people": 5, "trunk_people": 3, "trunk_steps": 6,
                   "camera_people": 6, "components": 12, "dim": 8,
                   "n_seeds": 1, "base_seeds": 0, "price_seeds": 1,
                   "batch_size": 32, "alphas": (0.5,)},
@@ -839,8 +839,12 @@ def open_table(path: Path) -> tuple[list[str], str, csv.DictReader]:
     return rows.fieldnames, by, rows
 
 
-def _number_of(text: str, by: str) -> float:
-    return float((text.replace(",", ".") if by == ";" else text) or "nan")
+def _number_of(text: str, by: str, where: str) -> float:
+    try:
+        return float((text.replace(",", ".") if by == ";" else text) or "nan")
+    except ValueError:
+        raise UserError(f"{where}: score {text!r} is no number; write 0.5, "
+                        "with a point") from None
 
 
 def table_rows(path: Path):
@@ -861,7 +865,8 @@ def table_rows(path: Path):
                             f"{at['same']} is {row['same']!r}, not 1 or 0")
         two = at["other"] and row["other"] != row["group"]
         yield (row["first"], row["second"], YES[row["same"].lower()],
-               "" if two else row["group"], _number_of(row["score"], by),
+               "" if two else row["group"], _number_of(
+                   row["score"], by, f"{path}, line {rows.line_num}"),
                row["one"] or row["first"], row["two"] or row["second"])
 
 
@@ -1499,6 +1504,7 @@ def check_batch(x: Tensor, y: Tensor, dim: int, classes: int,
             f"batch: embeddings {tuple(x.shape)} {x.dtype} and classes "
             f"{tuple(y.shape)} {y.dtype}; (B, {dim}) floating and (B,) "
             "integers are needed")
+    y = y.long()
     rank = [len(x), *(torch.stack([y.min(), y.max(), (~torch.isfinite(
         x.detach()).all(1)).sum()]) if len(x) else (0, 0, 0))]
     rank = torch.stack([torch.as_tensor(k, device=x.device) for k in rank])

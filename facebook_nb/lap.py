@@ -1268,7 +1268,7 @@ def _model(config: Config, options: Mapping, weights: Mapping) -> LAP:
     model.aggregate_by(options.get("how", "softmax"))
     return load_strict(model, state).eval()
 
-# %% ../nbs/chapters/lap.ipynb #seed_rows
+# %% ../nbs/chapters/lap.ipynb #people_of
 CHUNK = 100         # people that are rendered at once
 
 
@@ -1291,7 +1291,7 @@ def people_of(config: Config, seed: int, spread: float,
         "test": (config.test_people, 8, 10_000)}[kind]
     return _world(people, photos, first + seed, config.size, spread)
 
-
+# %% ../nbs/chapters/lap.ipynb #row_step
 def row_step(config: Config, seed: int, spread: float, options: Mapping,
              start: Mapping, folder=None) -> dict:
     """Train a row: its weights, and the errors on development people.
@@ -1319,7 +1319,7 @@ def refine_step(config: Config, seed: int, spread: float, options: Mapping,
            seed, options.get("given", ()), folder=folder)
     return _packed(model)
 
-
+# %% ../nbs/chapters/lap.ipynb #test_step
 def test_step(config: Config, seed: int, spread: float, options: Mapping,
               weights: Mapping, personal: bool = False) -> dict:
     """Errors of a row on the test people: "KIND, n=N/MEASURE" → value."""
@@ -1342,7 +1342,7 @@ def test_step(config: Config, seed: int, spread: float, options: Mapping,
 
 test_step.__test__ = False      # it is no test of pytest's
 
-
+# %% ../nbs/chapters/lap.ipynb #floor_step
 def floor_step(config: Config, seed: int, spread: float) -> dict:
     """The rows that need no training, in the same form."""
     train, test = (people_of(config, seed, spread, kind)
@@ -1359,7 +1359,7 @@ def floor_step(config: Config, seed: int, spread: float) -> dict:
     return {f"{row}/{k}": v for row, found in rows.items()
             for k, v in found.items()}
 
-
+# %% ../nbs/chapters/lap.ipynb #fit_step
 FITS = {"fit": (STUDIO, (1, 2, 4, 8)), "fit, nothing given": ((), (1, 4))}
 
 
@@ -1554,7 +1554,7 @@ def judge(metrics: Mapping, inside: Mapping) -> tuple:
           shown=mean(sets["between"]))
     return claim, findings, checks
 
-# %% ../nbs/chapters/lap.ipynb #example_arrays
+# %% ../nbs/chapters/lap.ipynb #figure_step
 def figure_step(config: Config, seed: int, spread: float, single: Mapping,
                 sets: Mapping) -> dict:
     """What the figures draw, as arrays; see the cells that draw them.

@@ -889,16 +889,6 @@ class Decoder(nn.Module):
         return F.interpolate(f, scale_factor=2, mode="bilinear",
                              align_corners=True)
 
-
-class SmallDecoder(nn.Sequential):
-    """(B, c, 8, 8) to the map before the mask, (B, 16, 16, 16)."""
-
-    def __init__(self, c: int):
-        super().__init__(
-            nn.Conv2d(c, 24, 3, padding=1, bias=False), nn.BatchNorm2d(24),
-            nn.ReLU(), nn.Upsample(scale_factor=2),
-            nn.Conv2d(24, 16, 3, padding=1), nn.ReLU())
-
 # %% ../nbs/chapters/local_relation.ipynb #load_imagenet
 def load_imagenet(net: LocalRelation, weights: str | Path | Mapping) -> None:
     """Start both encoders of B4 from ImageNet's weights.

@@ -59,7 +59,8 @@ def once(what, rank, ranks):
     loss, _ = fpr.penalised_loss(everything, W, labels, how)
     torch.testing.assert_close(loss, again)
     (loss * len(x) / len(what["x"])).backward()         # its share, as `fit` weighs it
-    return dict(z=z.detach(), loss=loss.detach(), d_x=x.grad, d_W=W.grad, info=[a.item() for a in seen[2:]], rho=seen.rho)
+    return dict(z=z.detach(), loss=loss.detach(), d_x=x.grad, d_W=W.grad,
+                info=[a.item() for a in seen[2:]], rho=seen.rho)
 
 
 def many(what, rank, ranks):

@@ -462,6 +462,8 @@ def test_claim_and_control_follow_the_numbers(ours, true, verdicts):
     claim, findings = d2am.judge_claim({d2am.OURS: row(ours), d2am.TRUE: row(true), d2am.RANDOM: row([80.] * 3)})
     assert (claim.verdict, findings[0].verdict) == verdicts and findings[0].text.startswith("positive control")
     assert findings[1].lower and findings[1].verdict == verdicts[1]
+    alone, none = d2am.judge_claim({d2am.OURS: row(ours)})
+    assert alone.verdict == "undecided" and "not judged" in alone.text and not none
 
 
 def test_training_learns():
@@ -493,7 +495,7 @@ def test_apply(weights, tmp_path):
     by = {r["input"].split("/")[-1]: r for r in rows}
     good = by["face.png"]
     assert list(good)[0] == "input" and good["face"] == "found" and good["threshold"] == 0.4
-    assert good["live"] == (good["liveness"] >= 0.4) and 0 <= good["liveness"] <= 1
+    assert good["live"] == (good["liveness"] >= 0.4) and 0 <= good["liveness"] <= 1 and "not for use" in good["note"]
     assert np.asarray(Image.open(tmp_path / "out" / good["picture"])).shape == (216, 384, 3)
     assert by["noise.png"]["face"] == "not found" and by["grey.png"]["face"] == "found"
     assert all("liveness" not in by[k] and "live" not in by[k] and by[k]["reason"] for k in ("noise.png", "grey.png"))

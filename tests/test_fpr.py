@@ -212,7 +212,8 @@ def test_penalty_refuses(change):
 @pytest.mark.parametrize("x, y, message", [
     (torch.ones(2, 3), [1, 5], "classes 1 to 5: the head has 0 to 4"), (torch.ones(0, 3), [], "no images"),
     (torch.ones(2, 3), [1.0, 2.0], "integers"), (torch.ones(2, 3), [[1], [2]], r"classes \(2, 1\)"),
-    (torch.ones(2, 4), [1, 2], r"\(B, 3\) floating"), (torch.tensor([[1.0, 2, 3], [1, math.nan, 3]]), [1, 2], "1 of 2")])
+    (torch.ones(2, 4), [1, 2], r"\(B, 3\) floating"),
+    (torch.tensor([[1.0, 2, 3], [1, math.nan, 3]]), [1, 2], "1 of 2")])
 def test_a_batch_that_makes_no_sense_is_said(x, y, message):
     y = torch.tensor(y) if y else torch.zeros(0, dtype=torch.long)
     with pytest.raises(UserError, match=message):
@@ -371,7 +372,8 @@ def test_apply_judges_groups_and_names_damaged_pictures(smoke, pictures, tmp_pat
     weights = smoke[0].out_dir / "weights.safetensors"
     first, gone = fpr.apply([pictures, tmp_path / "gone.csv"], weights, tmp_path / "out")
     assert "no such file" in gone["error"] and first["weights"] == gone["weights"] == str(weights)
-    assert {d["picture"] for d in first["damaged"]} == {"a0-0.png", "b4-4.png"} and first["faces"] == {"given aligned": 48}
+    assert {d["picture"] for d in first["damaged"]} == {"a0-0.png", "b4-4.png"}
+    assert first["faces"] == {"given aligned": 48}
     assert set(first["groups"]) == {"a", "b"} and first["groups"]["a"]["impostor_pairs"] == 250 - 20
     rates = [g["fmr"] for g in first["groups"].values()]
     assert abs(first["std_fmr"] - np.std(rates)) < 1e-6 and first["pairs"] == 2 * (300 - 24)
@@ -428,7 +430,7 @@ def test_intervals_are_over_people():
 @pytest.mark.parametrize("text, message", [
     ("image1,same\na,1\n", "no column group, image2"),
     ("score,same,group\n1,maybe,x\n", "line 2: column same is 'maybe'"),
-    ("score,same,group\nhigh,1,x\n", "not a table"), ("score,same,group\n", "no pairs"),
+    ("score,same,group\nhigh,1,x\n", "line 2: score 'high' is no number"), ("score,same,group\n", "no pairs"),
     ("score,same,group\n0.5,1,x\n0.4,0,x\n", "1 impostor pairs"), ("", "no column same"),
 ])
 def test_tables_that_cannot_be_used(text, message, tmp_path):

@@ -342,6 +342,15 @@ def test_a_run_on_folders_of_photos(album):
     assert not found.usable and "nobody has 6 photos" in str(found) and "2 rendered test faces" in str(found)
 
 
+def test_a_stage_on_photos_goes_on_from_its_checkpoints(album, tmp_path, monkeypatch):
+    config = lap.Config.preset("smoke", data_root=album / "people", photos=4, **TINY | {"n_max": 2, "settle": 2}, checkpoint_every=1)
+    once = lap.photos_step(config, 0, "single", {}, tmp_path / "stage")
+    assert [*(tmp_path / "stage").glob("settle/checkpoints/*")] and [*(tmp_path / "stage").glob("learn/checkpoints/*")]
+    monkeypatch.setattr(lap, "explain_loss", lambda *a: pytest.fail("trained again"))
+    again = lap.photos_step(config, 0, "single", {}, tmp_path / "stage")
+    assert all((np.asarray(v) == np.asarray(again[k])).all() for k, v in once.items())
+
+
 def test_meshes_open_in_trimesh(tmp_path):
     trimesh = pytest.importorskip("trimesh")
     g = torch.linspace(-1, 1, 32)
