@@ -249,7 +249,8 @@ def test_training_ends_with_the_weights_that_are_best_on_development_people(tmp_
 def test_rows_that_do_not_exist_or_have_no_start_are_refused():
     preset = lambda **o: lap.Config.preset("book", **o)
     lap.check_rows(preset())
-    for change, message in (({"few_rows": ("LAB",)}, "there are single"), ({"rows": ("sets", "single")}, "goes on from"),
+    for change, message in (({"few_rows": ("LAB",)}, "there are single"),
+                            ({"rows": ("sets", "single")}, "goes on from"),
                             ({"rows": ("single", "sets")}, "add single continued")):
         with pytest.raises(UserError, match=message):
             lap.check_rows(preset(**change))
@@ -343,7 +344,8 @@ def test_a_run_on_folders_of_photos(album):
 
 
 def test_a_stage_on_photos_goes_on_from_its_checkpoints(album, tmp_path, monkeypatch):
-    config = lap.Config.preset("smoke", data_root=album / "people", photos=4, **TINY | {"n_max": 2, "settle": 2}, checkpoint_every=1)
+    config = lap.Config.preset("smoke", data_root=album / "people", photos=4, **TINY | {"n_max": 2, "settle": 2},
+                               checkpoint_every=1)
     once = lap.photos_step(config, 0, "single", {}, tmp_path / "stage")
     assert [*(tmp_path / "stage").glob("settle/checkpoints/*")] and [*(tmp_path / "stage").glob("learn/checkpoints/*")]
     monkeypatch.setattr(lap, "explain_loss", lambda *a: pytest.fail("trained again"))

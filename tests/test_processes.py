@@ -81,7 +81,9 @@ def alive(pid: int) -> bool:
         return False
 
 
-LAUNCH = "import sys; from facebook_nb.processes import launch; sys.exit(launch(2, *sys.argv[1:]))"
+# a shell's background jobs start with SIGINT ignored
+LAUNCH = ("import signal, sys; from facebook_nb.processes import launch; "
+          "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(launch(2, *sys.argv[1:]))")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks /proc who is alive")

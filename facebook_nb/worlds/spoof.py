@@ -8,7 +8,7 @@ __all__ = ['SIDE', 'PATTERNS', 'SITES', 'ATTACKS', 'Subjects', 'render_subjects'
 
 # %% ../../nbs/foundations/spoof.ipynb #imports
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
