@@ -2179,8 +2179,8 @@ def render_faces(
     size: pixels a side; crop: "face" (brows to chin, as recognisers take it),
     "head" (head and neck, as detectors take it) or "portrait"; chunk: photos
     rendered at a time, which bounds memory (8, and more small ones);
-    samples: rays a pixel and axis, by default 1.25; progress: show a bar. The result lies on the device of
-    `people`.
+    samples: rays a pixel and axis, by default 1.25; progress: show a bar.
+    The result lies on the device of `people`.
     """
     if crop not in CROPS:
         raise UserError(f"crop: {crop!r} is none of {', '.join(CROPS)}")
