@@ -1128,7 +1128,8 @@ def portrait_of(image: np.ndarray, mean: np.ndarray) -> Portraits | None:
     installed the centred square is taken to be such a frame.
     """
     side, target = TEMPLATES["dlib150"]
-    x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255
+    x = torch.from_numpy(np.ascontiguousarray(image))
+    x = x.permute(2, 0, 1)[None]            # bytes: a large photo is cut first
     if dlib_installed():
         found = detect_faces(image)
         if not len(found.points):

@@ -1809,7 +1809,7 @@ def apply(inputs, weights=None, out_dir=None, least: float = 0.1,
     net, about = load_network(weights)
 
     def judge(item) -> dict:
-        found, end = search_video(net, about, item.value)
+        found, end = search_video(net, about, item.film())
         keep = (found.score >= least).nonzero()[:most, 0]
         found = Detections(*(v[keep] for v in found))
         row = {"detections": [

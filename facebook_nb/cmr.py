@@ -1358,7 +1358,7 @@ def apply(inputs, weights=None, out_dir=None) -> list[dict]:
         round(340 * side / 224), round(256 * side / 224))
 
     def judge(item) -> dict:
-        clip = open_clip(item.value)
+        clip = open_clip(item.film())
         x = to_input(views(clip, T, side=side, wide=wide))
         with torch.no_grad():
             scores = consensus(network(x))

@@ -286,3 +286,10 @@ def test_run_on_a_folder_of_photos(typed, tmp_path, monkeypatch):
                            "--out-dir", tmp_path / "run")
     assert code == 0, err
     assert "undecided" in out and (tmp_path / "run" / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("chapter", ["cmr", "afsd"])
+def test_one_picture_is_no_film(inputs, chapter):
+    photo = Image.open(inputs / "photos/a.jpg")
+    rows = cli.chapter_module(chapter).apply([photo, np.asarray(photo), np.load(inputs / "clip.npy")])
+    assert ["one picture" in row.get("error", "") for row in rows] == [True, True, False]
