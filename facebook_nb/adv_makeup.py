@@ -21,7 +21,6 @@ __all__ = ['FRAME', 'DROP', 'KINDS', 'SURROGATES', 'KINDRED', 'JUDGE', 'FARS', '
 
 # %% ../nbs/chapters/adv_makeup.ipynb #imports
 import functools
-import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,9 +35,9 @@ from facebook_nb.experiment import (
     Check, Report, RunFolder, Settings, decide, generator, seed_everything,
     weights_file)
 from .files import (
-    DataCheck, UserError, load_strict, pictures_in, progress, read_image,
-    read_weights, write_image, write_weights)
-from .inputs import Item, apply_each, listed
+    DataCheck, UserError, load_plain, load_strict, pictures_in, progress,
+    read_image, read_weights, write_image, write_weights)
+from .inputs import Item, apply_each, listed, tell
 from .metrics.verification import auc, far_threshold
 from facebook_nb.models.backbones import (
     ConvBlock, DepthBlock, InceptionResNetV1, IRBlock, IRNet, MobileFaceNet,
@@ -1129,7 +1128,8 @@ def portrait_of(image: np.ndarray, mean: np.ndarray) -> Portraits | None:
     installed the centred square is taken to be such a frame.
     """
     side, target = TEMPLATES["dlib150"]
-    x = torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255
+    x = torch.from_numpy(np.ascontiguousarray(image))
+    x = x.permute(2, 0, 1)[None]            # bytes: a large photo is cut first
     if dlib_installed():
         found = detect_faces(image)
         if not len(found.points):
@@ -1715,6 +1715,8 @@ def run(config: Config) -> Report:
     """The experiment; with preset `full` the paper's."""
     _refuse(config)
     if config.preset_name == "full":
+        from facebook_nb.adv_makeup import run_full   # further below
+
         return run_full(config)
     if not dlib_installed():
         raise UserError("adv_makeup: dlib is the far victim; pip install "
@@ -1900,6 +1902,9 @@ def apply(inputs, weights=None, out_dir=None,
     if len(given) < 2:
         raise UserError("adv_makeup: give SOURCE … TARGET, pictures of the "
                         "attackers and, last, of the target")
+    if not dlib_installed():
+        tell("no face detector is installed (dlib-bin); the centre of each "
+             "picture is taken")
     state = read_weights(weights_file("adv_makeup", weights))
     nets, mean = _recognisers(state), state["landmarks"].double().numpy()
     name, who, limit = _judge_or_kin(nets, state)
@@ -1933,35 +1938,17 @@ def apply(inputs, weights=None, out_dir=None,
     return apply_each(given[:-1], judge_one, out_dir)
 
 # %% ../nbs/chapters/adv_makeup.ipynb #read_landmarks
-class _ArraysOnly(pickle.Unpickler):
-    ALLOWED = {("numpy", "ndarray"), ("numpy", "dtype"),
-               ("_codecs", "encode"), ("collections", "OrderedDict")} | {
-        (f"numpy.{core}.{part}", name) for core in ("core", "_core")
-        for part, name in (("multiarray", "_reconstruct"),
-                           ("multiarray", "scalar"),
-                           ("numeric", "_frombuffer"))}
-
-    def find_class(self, module, name):
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
-
-
 def read_landmarks(path: str | Path) -> dict[str, np.ndarray]:
     """The released landmarks: "FOLDER/FILE" → (106, 2) x, y.
 
     Raises UserError when the file is missing, damaged, or holds anything
     but arrays.
     """
+    table = load_plain(path)
     try:
-        with Path(path).open("rb") as file:
-            table = _ArraysOnly(file).load()
         out = {str(k): np.asarray(v, np.float64) for k, v in table.items()}
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except Exception as error:      # a damaged pickle raises any kind
-        raise UserError(f"{path}: refused, not a dictionary of arrays "
-                        f"({str(error)[:80]})") from None
+    except (AttributeError, TypeError, ValueError):
+        raise UserError(f"{path}: not a dictionary of arrays") from None
     bad = next((k for k, v in out.items() if v.shape != (106, 2)), None)
     if bad is not None:
         raise UserError(f"{path}: {bad} has landmarks {out[bad].shape}, "

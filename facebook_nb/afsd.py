@@ -13,8 +13,8 @@ __all__ = ['ROWS', 'PLANS', 'WORLDS', 'TIOU', 'SMALLEST', 'COMPARED', 'FILMS', '
            'sequences', 'clips_of', 'clip_at', 'Detections', 'fuse', 'segments_of', 'thinned', 'detect',
            'name_detections', 'scan_pairs', 'scan', 'as_table', 'without_class', 'measure', 'Exchanged', 'inside',
            'near_boundary', 'weights_of', 'train_row', 'test_row', 'find_data', 'footage', 'Videos', 'run_videos',
-           'check_data', 'missing', 'claims', 'in_world', 'mechanism', 'draw_timeline', 'save_timeline', 'run',
-           'steps_of', 'leave_weights', 'load_network', 'motion_of', 'search_video', 'apply', 'literal_loop',
+           'check_data', 'missing', 'check_full', 'claims', 'in_world', 'mechanism', 'draw_timeline', 'save_timeline',
+           'run', 'steps_of', 'leave_weights', 'load_network', 'motion_of', 'search_video', 'apply', 'literal_loop',
            'benchmark', 'load_official']
 
 # %% ../nbs/chapters/afsd.ipynb #imports
@@ -36,7 +36,7 @@ from facebook_nb.experiment import (
     Check, Report, RunFolder, Settings, decide, is_main, seed_everything,
     weights_file)
 from .files import (
-    DataCheck, UserError, load_strict, progress, read_metadata,
+    DataCheck, UserError, load_strict, progress, read_about, read_metadata,
     read_weights, write_atomic, write_weights)
 from .inputs import apply_each
 from .metrics.detection import (  # noqa: F401
@@ -1529,6 +1529,12 @@ def missing(config: Config) -> list[str]:
                          "from nothing: --set start=null)")
     return lacks
 
+
+def check_full(config: Config) -> None:
+    """UserError with all that a run lacks."""
+    if lacks := missing(config):
+        raise UserError("afsd: this run cannot start: " + "; ".join(lacks))
+
 # %% ../nbs/chapters/afsd.ipynb #claims
 SMALLEST = 1.0                      # points of mAP: of interest
 COMPARED = (                        # row, its rival, metric, what is claimed
@@ -1645,8 +1651,7 @@ def save_timeline(path, found: Detections, classes, end: float) -> None:
 # %% ../nbs/chapters/afsd.ipynb #run
 def run(config: Config) -> Report:
     """Train and measure each row for each seed and world; see `Config`."""
-    if lacks := missing(config):
-        raise UserError("afsd: this run cannot start: " + "; ".join(lacks))
+    check_full(config)
     for row in set(config.rows) - set(ROWS):
         build(config, row, 2)               # says which rows there are
     if unknown := set(config.worlds) - set(WORLDS):
@@ -1716,9 +1721,7 @@ def load_network(weights=None) -> tuple[nn.Module, dict]:
     learnt: from what.
     """
     path = weights_file("afsd", weights)
-    about = (json.loads(read_metadata(path).get("about", "null"))
-             if path.suffix == ".safetensors" else None)
-    if about is None:
+    if path.suffix != ".safetensors" or "about" not in read_metadata(path):
         net = load_official(path)
         n = net.detector.conf_head.conv1d.out_channels - 1
         names = ("action",) if net.network == "anet" else THUMOS14 \
@@ -1728,6 +1731,10 @@ def load_network(weights=None) -> tuple[nn.Module, dict]:
                      "classes": list(names), "stride": net.detector.stride,
                      "stream": "flow" if colours == 2 else "rgb",
                      "learnt": f"the authors' data ({net.network})"}
+    about = read_about(path)
+    if not {"row", "network", "classes", "stride", "width",
+            "stream"} <= set(about):
+        raise UserError(f"{path}: not weights of this chapter")
     config = Config(network=about["network"], stride=about["stride"],
                     width=about["width"], stream=about["stream"], start=None)
     net = build(config, about["row"], len(about["classes"]))
@@ -1802,7 +1809,7 @@ def apply(inputs, weights=None, out_dir=None, least: float = 0.1,
     net, about = load_network(weights)
 
     def judge(item) -> dict:
-        found, end = search_video(net, about, item.value)
+        found, end = search_video(net, about, item.film())
         keep = (found.score >= least).nonzero()[:most, 0]
         found = Detections(*(v[keep] for v in found))
         row = {"detections": [

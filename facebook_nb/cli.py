@@ -536,10 +536,11 @@ def _cell(value) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     if isinstance(value, Mapping):
-        best = sorted(value.items(), reverse=True, key=lambda item: (
-            item[1] if isinstance(item[1], int | float) else 0))
-        more = f", {len(best) - 3} more" if len(best) > 3 else ""
-        return ", ".join(f"{k} {_cell(v)}" for k, v in best[:3]) + more
+        best, n = [*value.items()], 4       # start, end, label, score
+        if all(isinstance(v, int | float) for v in value.values()):
+            best, n = sorted(best, key=lambda item: -item[1]), 3
+        more = f", {len(best) - n} more" if len(best) > n else ""
+        return ", ".join(f"{k} {_cell(v)}" for k, v in best[:n]) + more
     if isinstance(value, list | tuple):
         more = f", {len(value) - 3} more" if len(value) > 3 else ""
         return "; ".join(map(_cell, value[:3])) + more
@@ -579,13 +580,14 @@ def results(as_json: Annotated[bool, typer.Option("--json")] = False):
 
 @data_app.command("check")
 def data_check(chapter: Annotated[str, typer.Argument(metavar="CHAPTER")],
-               data_root: DataRoot = None, preset: Preset = "full"):
+               data_root: DataRoot = None, preset: Preset = "full",
+               set_: Set = None):
     """Look through the data for a chapter before a long run starts.
 
     Ends with 0 exactly when that preset would start on it.
     """
-    module = chapter_module(chapter)
-    module.Config.preset(preset)            # is there such a preset
+    module, overrides = chapter_module(chapter), _overrides(set_)
+    config = module.Config.preset(preset, data_root=data_root, **overrides)
     if preset != "full" and data_root is None:
         typer.echo(f"{chapter}: preset {preset} makes its own data")
         return
@@ -597,7 +599,9 @@ def data_check(chapter: Annotated[str, typer.Argument(metavar="CHAPTER")],
     found = module.check_data(
         data_root, **({"preset": preset} if "preset" in takes else {}))
     typer.echo(str(found))
-    if not found.usable:
+    if preset == "full" and (found.usable or overrides):
+        module.check_full(config)           # raises what a run would say
+    elif not found.usable:
         raise typer.Exit(2)
 
 # %% ../nbs/foundations/cli.ipynb #tour

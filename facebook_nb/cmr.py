@@ -8,9 +8,9 @@ __all__ = ['ROWS', 'DEPTHS', 'MEAN', 'STD', 'CLASSES', 'WORLDS', 'MIRRORED', 'RO
            'Bottleneck', 'Network', 'resnet', 'small_network', 'to_input', 'ClipBatches', 'predict', 'load_imagenet',
            'build', 'train', 'weights_of', 'loaded', 'world_clips', 'first_stage', 'second_stage', 'motion_maps',
            'inside', 'rank_at', 'measured', 'single_frame_probe', 'as_released', 'benchmark', 'timings', 'views',
-           'in_colour', 'consensus', 'VideoBatches', 'find_data', 'check_data', 'missing', 'ClipViews', 'score_videos',
-           'train_videos', 'claims', 'mechanism', 'leave_weights', 'run', 'run_sweeps', 'run_swells', 'overlay',
-           'load_network', 'apply', 'cost', 'from_official', 'load_official']
+           'in_colour', 'consensus', 'VideoBatches', 'find_data', 'check_data', 'missing', 'check_full', 'ClipViews',
+           'score_videos', 'train_videos', 'claims', 'mechanism', 'leave_weights', 'run', 'run_sweeps', 'run_swells',
+           'overlay', 'load_network', 'apply', 'cost', 'from_official', 'load_official']
 
 # %% ../nbs/chapters/cmr.ipynb #imports
 import functools
@@ -30,7 +30,7 @@ from facebook_nb.experiment import (
     Check, Report, RunFolder, Settings, decide, is_main, seed_everything,
     weights_file)
 from .files import (
-    DataCheck, UserError, load_strict, progress, read_metadata,
+    DataCheck, UserError, load_strict, progress, read_about, read_metadata,
     read_weights, write_image, write_weights)
 from .inputs import apply_each
 from .processes import gather_rows, share
@@ -1078,6 +1078,12 @@ def missing(config: Config) -> list[str]:
                          "from nothing: --set start=null)")
     return lacks
 
+
+def check_full(config: Config) -> None:
+    """UserError with all that a run lacks."""
+    if lacks := missing(config):
+        raise UserError("cmr: this run cannot start: " + "; ".join(lacks))
+
 # %% ../nbs/chapters/cmr.ipynb #train_videos
 class ClipViews:
     """The views of each test clip and its label, for a loader."""
@@ -1210,8 +1216,7 @@ def leave_weights(config: Config, arrays: Mapping, classes, path: Path
 # %% ../nbs/chapters/cmr.ipynb #run
 def run(config: Config) -> Report:
     """Train and measure each row for each seed; see `Config`."""
-    if lacks := missing(config):
-        raise UserError("cmr: this run cannot start: " + "; ".join(lacks))
+    check_full(config)
     timed = [row.removesuffix(", released") for row in config.timed]
     for row in {*config.rows, *config.swell_rows, *timed} - set(ROWS):
         raise UserError(f"cmr: rows={row!r} is none of {', '.join(ROWS)}")
@@ -1319,14 +1324,15 @@ def load_network(weights=None) -> tuple[Network, dict]:
     learnt: from what.
     """
     path = weights_file("cmr", weights)
-    about = (json.loads(read_metadata(path).get("about", "null"))
-             if path.suffix == ".safetensors" else None)
-    if about is None:
+    if path.suffix != ".safetensors" or "about" not in read_metadata(path):
         net = load_official(path)
         names = [str(k) for k in range(net.fc.out_features)]
         return net, {"row": "CMR", "network": "resnet50", "classes": names,
                      "segments": 8, "side": 224, "learnt": "the authors' "
                      "data (Something-Something V1)"}
+    about = read_about(path)
+    if not {"row", "network", "classes", "segments", "side"} <= set(about):
+        raise UserError(f"{path}: not weights of this chapter")
     config = Config(network=about["network"])
     net = build(config, about["row"], len(about["classes"]))
     about.setdefault("learnt", "a disc and a plus sign that sweep, this book")
@@ -1352,7 +1358,7 @@ def apply(inputs, weights=None, out_dir=None) -> list[dict]:
         round(340 * side / 224), round(256 * side / 224))
 
     def judge(item) -> dict:
-        clip = open_clip(item.value)
+        clip = open_clip(item.film())
         x = to_input(views(clip, T, side=side, wide=wide))
         with torch.no_grad():
             scores = consensus(network(x))

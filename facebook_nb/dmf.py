@@ -8,8 +8,8 @@ __all__ = ['ROWS', 'WORLDS', 'GATES', 'MEAN', 'STD', 'REPLACED', 'SMALLEST', 'CL
            'score_maps', 'DMF', 'episode_loss', 'fixed_episodes', 'Episodes', 'quarter_turns', 'scenes', 'world_splits',
            'ProtoNet', 'CrossAttention', 'build', 'authors_rate', 'normalised', 'augmented', 'taps', 'share_on_map',
            'pretrain', 'load_row', 'train_row', 'features', 'evaluate', 'test_row', 'test_pixels', 'replaced', 'judge',
-           'check_data', 'run', 'restore', 'place_scores', 'whole', 'apply', 'literal_scores', 'benchmark',
-           'load_official']
+           'check_data', 'check_full', 'run', 'restore', 'place_scores', 'whole', 'apply', 'literal_scores',
+           'benchmark', 'load_official']
 
 # %% ../nbs/chapters/dmf.ipynb #imports
 import math
@@ -1029,8 +1029,8 @@ def _export(config: Config, folder: Path, model: Mapping) -> None:
 
 # %% ../nbs/chapters/dmf.ipynb #run
 @plumbing
-def _jobs(config: Config) -> list[tuple[str, int, str]]:
-    """(world, seed, row) of all trainings. UserError for wrong rows."""
+def check_full(config: Config) -> list[tuple[str, int, str]]:
+    """(world, seed, row) of all trainings. UserError if it cannot start."""
     worlds = _worlds(config)
     for row in (*config.rows, *config.few_rows, *config.other_rows):
         if row not in ROWS:
@@ -1049,7 +1049,7 @@ def _jobs(config: Config) -> list[tuple[str, int, str]]:
 
 def run(config: Config) -> Report:
     """Train and test every row in every world; see `Config`."""
-    jobs = _jobs(config)
+    jobs = check_full(config)
     folder = RunFolder(config)
     names = ["nearest pixels", *dict.fromkeys(row for _, _, row in jobs)]
     metrics, swaps, arrays = {row: {} for row in names}, {}, {}
@@ -1109,8 +1109,11 @@ def restore(weights: str | Path | None = None) -> tuple[DMF, int]:
     about = read_metadata(path) if path.suffix == ".safetensors" else {}
     if about.get("chapter") != "dmf":
         return load_official(path), 84
-    config = Config.preset("book", **{k: about[k] for k in (
-        "backbone", "size", "groups", "kernel")})
+    known = ("backbone", "size", "groups", "kernel")
+    if not {*known, "classes"} <= about.keys() or \
+            not about["classes"].isdecimal():
+        raise UserError(f"{path}: not weights of this chapter")
+    config = Config.preset("book", **{k: about[k] for k in known})
     # weights of before the mean was the default do not say so
     options = {"prototype": about.get("prototype", "positions")}
     model = build(config, options, int(about["classes"]))

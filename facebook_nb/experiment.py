@@ -6,7 +6,7 @@
 __all__ = ['PACKAGES', 'FREE', 'OWNS', 'ROLES', 'Settings', 'processor_name', 'device_name', 'environment', 'package_folder',
            'weights_file', 'watched', 'own_folder', 'RunFolder', 'step_is_current', 'finished_steps', 'half_width',
            'Claim', 'decide', 'Check', 'Report', 'with_interval', 'Table', 'result_table', 'verdict_table', 'glue',
-           'glue_report', 'book_root', 'read_ledger', 'record', 'differences', 'seed_differences', 'write_results']
+           'glue_report', 'book_root', 'read_ledger', 'record', 'differences', 'seed_differences']
 
 # %% ../nbs/foundations/experiment.ipynb #imports
 import functools
@@ -787,19 +787,3 @@ def seed_differences(new: Mapping, old: Mapping, exact: bool) -> list[str]:
             return f"seed {old['seeds'][0]}: {b:.6g} → {a:.6g}"
 
     return _against(new, old, far)
-
-# %% ../nbs/foundations/experiment.ipynb #write_results
-def write_results(out_dir: str | Path, rows: list[dict]) -> None:
-    """Write what `apply` found to results.json and results.csv."""
-    import csv
-
-    out_dir = Path(out_dir)
-    write_json(out_dir / "results.json", rows)
-    names = list(dict.fromkeys(k for row in rows for k in row))
-    with write_atomic(out_dir / "results.csv") as part:
-        with part.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(
-                {k: json.dumps(v) if isinstance(v, list | dict) else v
-                 for k, v in row.items()} for row in rows)

@@ -42,11 +42,12 @@ from facebook_nb.experiment import (
 from .files import (
     DataCheck, UserError, load_strict, plumbing, progress, read_text,
     read_weights, write_atomic, write_weights)
-from .inputs import Item, apply_each
+from .inputs import Item, apply_each, tell
 from .metrics.verification import (
     allowed_matches, far_threshold, fold_accuracy)
 from .models.backbones import IR_BLOCKS, IRNet
-from .models.recognisers import align, crop_faces, five_points
+from .models.recognisers import (
+    align, crop_faces, dlib_installed, five_points)
 from .processes import (
     everyone, gather_rows as rows_of_all, is_main, join, share)
 from facebook_nb.readers.faces import (
@@ -777,6 +778,8 @@ def measure(config: Config, found: list[dict], folder) -> Report:
 def run(config: Config) -> Report:
     """The experiment of this chapter, all seeds. See Config."""
     if config.network != "small":
+        from facebook_nb.fpr import run_full   # shown further below
+
         return run_full(config)
     folder = RunFolder(config)
     trunk = folder.step("trunk", train_trunk, config)
@@ -944,11 +947,13 @@ def load_recogniser(weights=None) -> tuple[nn.Module, int]:
 
 class Embedded(NamedTuple):
     """e: (n, d) unit rows, NaN where a picture is damaged; errors: number →
-    text; faces: how many were "found", "not found", "not looked for"."""
+    text; faces: how many were "found", "not found", "not looked for"; lost:
+    the numbers of those "not found", whose centre was taken."""
 
     e: Tensor
     errors: dict
     faces: dict
+    lost: list
 
 
 def embed_pictures(faces: Faces, network, size: int, device="cpu",
@@ -959,7 +964,7 @@ def embed_pictures(faces: Faces, network, size: int, device="cpu",
     face is looked for.
     """
     rows = range(len(faces)) if rows is None else rows
-    errors, parts, seen = {}, [], {}
+    errors, parts, seen, lost = {}, [], {}, []
     network = network.to(device).eval()
     for a in progress(range(0, len(rows), 64), label="embedding"):
         good, crops = [], []
@@ -973,7 +978,9 @@ def embed_pictures(faces: Faces, network, size: int, device="cpu",
             crop = crop_faces([image], "dlib_arcface112", size,
                               detect=not aligned)
             how = "given aligned" if aligned else (
-                "found" if crop.found[0] else "not found")
+                "found" if crop.found[0] else "not found"
+                if dlib_installed() else "not looked for")
+            lost += [i] if how == "not found" else []
             seen[how] = seen.get(how, 0) + 1
             crops.append(crop.images)
             good.append(i - rows[0])
@@ -986,7 +993,7 @@ def embed_pictures(faces: Faces, network, size: int, device="cpu",
     found = torch.full((len(rows), d), torch.nan)
     for good, e in parts:
         found[good] = e
-    return Embedded(found, errors, seen)
+    return Embedded(found, errors, seen, lost)
 
 # %% ../nbs/chapters/fpr.ipynb #group_report
 def report_rate(impostors: int, support: int = 10) -> float:
@@ -1082,12 +1089,17 @@ def judge_list(item: Item, recogniser) -> dict:
     if listed.groups is None:
         raise UserError(f"{item.name}: no groups")
     if scores is None:
-        e, errors, faces = embed_pictures(listed.faces, *recogniser())
+        e, errors, faces, lost = embed_pictures(listed.faces, *recogniser())
+        e[lost] = torch.nan             # no verdict on what is no face
         scores = np.concatenate([
             (e[a] * e[b]).sum(1).numpy() for a, b in zip(*(
                 np.array_split(k, 1 + len(k) // 65536)
                 for k in listed.pairs.T))])
-        row = {"faces": faces, "damaged": [
+        if lost and not e.isfinite().any():
+            return {"face": "not found", "reason": f"{item.name}: no face "
+                    "in any picture"}
+        row = {"face": "not looked for" if "not looked for" in faces else
+               "found", "faces": faces, "damaged": [
             {"picture": listed.faces.name(i), "error": error}
             for i, error in errors.items()]}
     else:
@@ -1095,7 +1107,7 @@ def judge_list(item: Item, recogniser) -> dict:
     found, _ = group_report(scores, listed.same, listed.groups, given.people)
     if lost := row.get("faces", {}).get("not found"):
         found["warnings"].append(f"no face found in {lost} pictures: their "
-                                 "centre was compared")
+                                 "pairs are left out")
     if item.folder is not None:
         row["picture"] = f"{item.stem}.png"
         _draw_groups(item.folder / row["picture"], found)
@@ -1115,6 +1127,9 @@ def apply(inputs, weights=None, out_dir=None) -> list[dict]:
     """
     @functools.cache
     def recogniser():
+        if not dlib_installed():
+            tell("no face detector is installed (dlib-bin); the centre of "
+                 "each picture is compared, unless it is aligned")
         return load_recogniser(weights)
 
     return apply_each(

@@ -44,7 +44,8 @@ def as_picture(value, name: str = "picture"):
                         "(H, W), (H, W, 3) or (3, H, W) was expected; give "
                         "several as a list")
     x = to_uint8(x[..., :3], name)
-    return np.repeat(x, 3, 2) if x.shape[2] == 1 else np.ascontiguousarray(x)
+    x = np.repeat(x, 3, 2) if x.shape[2] == 1 else x
+    return np.require(x, requirements="CW")     # PyTorch warns of read-only
 
 # %% ../nbs/foundations/inputs.ipynb #is_grey
 def is_grey(picture) -> bool:
@@ -78,6 +79,15 @@ class Item:
         stem = self.path.stem if is_path else kind
         stem = re.sub(r"[^\w.-]+", "_", stem)[:40].strip("._")
         self.stem, self.folder = f"{number:03d}-{stem}".rstrip("-"), folder
+
+    def film(self):
+        """The path, array or tensor of a film. UserError for one picture."""
+        shape = getattr(self.value, "shape", ())
+        if hasattr(self.value, "getextrema") or (
+                len(shape) == 3 and shape[2] in (1, 3, 4)):
+            raise UserError(f"{self.name}: one picture, where a film was "
+                            "expected")
+        return self.value
 
     def picture(self):
         """(H, W, 3) uint8 RGB. UserError says why there is none."""

@@ -12,8 +12,9 @@ __all__ = ['NETWORKS', 'UNSUP3D', 'FIELD', 'WALL', 'STUDIO', 'THEN', 'ROWS', 'CH
            'supervised_loss', 'train_stage', 'late_cosine', 'Best', 'check_rows', 'train_row', 'refine', 'gain_error',
            'errors', 'averaged', 'measure', 'measure_fit', 'front', 'constant', 'people_of', 'row_step', 'refine_step',
            'test_step', 'floor_step', 'fit_step', 'mechanism', 'run', 'judge', 'figure_step', 'save_model',
-           'load_model', 'photo_sets', 'measure_rendered', 'photos_step', 'rendered_step', 'fine_points', 'face_mesh',
-           'unwrap', 'write_mesh', 'turntable', 'write_film', 'frame_face', 'reconstruct', 'apply', 'check_data']
+           'load_model', 'photo_sets', 'measure_rendered', 'photos_step', 'rendered_step', 'check_full', 'fine_points',
+           'face_mesh', 'unwrap', 'write_mesh', 'turntable', 'write_film', 'frame_face', 'reconstruct', 'apply',
+           'check_data']
 
 # %% ../nbs/chapters/lap.ipynb #imports
 import math
@@ -35,7 +36,7 @@ from facebook_nb.experiment import (
 from .files import (
     DataCheck, UserError, load_strict, plumbing, progress, read_metadata,
     read_weights, write_atomic, write_image, write_weights)
-from .inputs import Item, expand, listed, write_rows
+from .inputs import Item, expand, listed, tell, write_rows
 from .readers.photosets import (
     PhotoSets, celeba_sets, depth_pairs, folder_sets)
 from .training import Recipe, fit
@@ -1606,10 +1607,10 @@ def load_model(path: str | Path | None = None) -> LAP:
             net.load_state_dict(load_official(path, name).state_dict())
         return model.eval()
     told = read_metadata(path)
-    if not {"size", "nf", "zdim"} <= told.keys():
+    sizes = [told.get(k, "") for k in ("size", "nf", "zdim")]
+    if not all(0 < len(x) < 5 and x.isdecimal() for x in sizes):
         raise UserError(f"{path}: not a model of this chapter")
-    model = LAP(*(int(told[k]) for k in ("size", "nf", "zdim")),
-                confident=False, refining=False)
+    model = LAP(*map(int, sizes), confident=False, refining=False)
     state = {k: v.float() for k, v in read_weights(path).items()}
     return load_strict(model, state).eval()
 
@@ -1674,15 +1675,28 @@ def rendered_step(config: Config, weights: Mapping) -> dict:
         _rendered(config.data_root), size=config.size))
 
 
-def _run_on_photos(config: Config) -> Report:
-    missing = [] if config.data_root else [
+def check_full(config: Config) -> None:
+    """UserError with all that a run on photos lacks."""
+    lacks = [] if config.data_root else [
         "data_root: a folder PERSON/IMAGE, or CelebA with its lists"]
     if config.preset_name == "full" and config.vgg is None:
-        missing.append("vgg: weights of VGG16 (torchvision's vgg16, saved as "
-                       "a state dict)")
-    if missing:
-        raise UserError("lap: this run needs " + "; and ".join(missing))
-    photo_sets(config.data_root, config.photos, config.size)    # or an error
+        lacks.append("vgg: weights of VGG16 (torchvision's vgg16, saved as a "
+                     "state dict)")
+    elif config.vgg and not Path(config.vgg).is_file():
+        lacks.append(f"vgg: {config.vgg}, no such file")
+    try:
+        found = config.data_root and photo_sets(
+            config.data_root, config.photos, config.size)
+        lacks += [] if not found or found.usable else [
+            str(found).replace("\n", "; ")]
+    except UserError as error:
+        lacks.append(str(error))
+    if lacks:
+        raise UserError("lap: this run needs " + "; and ".join(lacks))
+
+
+def _run_on_photos(config: Config) -> Report:
+    check_full(config)
     folder, metrics = RunFolder(config), {}
     rendered = _rendered(config.data_root)
     for seed in config.seeds:
@@ -1938,6 +1952,11 @@ def apply(inputs, weights=None, out_dir=None) -> list[dict]:
     out_dir, model = Path(out_dir or "runs/lap-apply"), load_model(weights)
     source = {"weights": "procedural faces, this book" if weights is None
               else str(weights)}
+    from facebook_nb.models.recognisers import dlib_installed
+
+    if not dlib_installed():
+        tell("no face detector is installed (dlib-bin); the centre of each "
+             "picture is taken")
     rows: list[dict] = []
     write_rows(out_dir, rows)               # or a UserError, before the work
     items = [Item(x, k, out_dir) for k, x in enumerate(listed(inputs))]

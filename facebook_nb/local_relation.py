@@ -941,7 +941,7 @@ def check_full(config: Config) -> dict[str, ForgeryList]:
         if not path.exists():
             missing.append(f"tests: {path}")
     if missing:
-        raise UserError("missing: " + "; ".join(missing))
+        raise UserError("missing: " + "; ".join(dict.fromkeys(missing)))
     return lists
 
 # %% ../nbs/chapters/local_relation.ipynb #cut_faces

@@ -870,6 +870,8 @@ def train_shipped(config: Config) -> dict:
 def run(config: Config) -> Report:
     """The experiment of this chapter, all seeds. See Config."""
     if config.network != "head":
+        from facebook_nb.sdd_fiqa import run_full   # shown further below
+
         return run_full(config)
     folder = RunFolder(config)
     faces = folder.step("second/pictures", second_pictures, config)

@@ -8,7 +8,7 @@ __all__ = ['DATA', 'STUDENTS', 'ALONE', 'ROWS', 'MEASURES', 'CLAIM', 'FINDINGS',
            'sign_attack', 'boundary_images', 'Method', 'still_statistics', 'Dreams', 'Store', 'strokes', 'augment',
            'probe', 'steal', 'split', 'make_target', 'fooled', 'eight_bit', 'white_box_radius', 'evaluate',
            'boundary_gap', 'disagreement', 'within', 'evenness', 'run_row', 'train_target', 'as_target', 'about_target',
-           'summarise', 'run', 'local_target', 'apply']
+           'summarise', 'check_full', 'run', 'local_target', 'apply']
 
 # %% ../nbs/chapters/substitute.ipynb #imports
 import importlib
@@ -1198,14 +1198,18 @@ def _file(row: str) -> str:
     return "".join(c if c.isascii() and c.isalnum() else "-" for c in row)
 
 # %% ../nbs/chapters/substitute.ipynb #run
+def check_full(config: Config) -> tuple[list[str], dict]:
+    """(rows, data). UserError for what makes no sense, or is missing."""
+    return _refuse(config), read_data(config.data, config.data_root)
+
+
 def run(config: Config) -> Report:
     """Every row against every target, for every seed, at one budget.
 
     Raises UserError when settings make no sense or data are missing,
     before anything is trained.
     """
-    rows = _refuse(config)
-    source = read_data(config.data, config.data_root)
+    rows, source = check_full(config)
     shape = next(iter(source.values()))[0].shape[1:]
     folder, found = RunFolder(config), {}
     jobs = [(s, t) for s in config.seeds for t in config.targets]

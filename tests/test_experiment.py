@@ -28,9 +28,8 @@ from facebook_nb.experiment import (
     seed_differences,
     verdict_table,
     watched,
-    write_results,
 )
-from facebook_nb.files import UserError, read_json
+from facebook_nb.files import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,10 +286,3 @@ def test_differences_are_named():
     one = Report("toy", "book", [0], {"baseline": {"auc": [0.8]}, "method": {"auc": [0.84]}}, report().claim, 1.0)
     assert seed_differences(one.as_dict(), old, exact=True) == ["toy: method, auc: seed 0: 0.83 → 0.84"]
     assert seed_differences(one.as_dict(), old, exact=False) == []
-
-
-def test_results_are_json_and_csv(tmp_path):
-    write_results(tmp_path, [{"input": "a.png", "quality": 61.5}, {"input": "b.png", "error": "b.png: damaged"}])
-    assert read_json(tmp_path / "results.json")[1]["error"] == "b.png: damaged"
-    assert (tmp_path / "results.csv").read_text().splitlines() == ["input,quality,error", "a.png,61.5,",
-                                                                    "b.png,,b.png: damaged"]
