@@ -652,7 +652,8 @@ class Plan:
     notebook: Path
     folder: Path
     todo: dict[str, float]      # steps to be done → seconds, last time
-    known: bool                 # whether the steps are known beforehand
+    done: int                   # steps that are finished and stand
+    known: bool                 # whether all steps are known beforehand
     current: bool               # nothing to do: executed with this code
 
     @property
@@ -663,7 +664,8 @@ class Plan:
         if self.current:
             return "nothing to do"
         if not self.known:
-            return "all of it; not recorded yet, so its time is not known"
+            return (f"never recorded to its end, so its time is not known; "
+                    f"{self.done} steps are done")
         if not self.todo:
             return "outputs only"
         return f"{len(self.todo)} steps, about {self.seconds / 60:.1f} min"
@@ -677,13 +679,15 @@ def plan_of(notebook: Path, root: Path) -> Plan:
     current = (folder / "finished").exists() and mark.exists() and (
         read_json(mark) == source_digest(notebook))
     if name not in CHAPTERS or not is_written(notebook):
-        return Plan(notebook, folder, {}, True, current)
+        return Plan(notebook, folder, {}, 0, True, current)
     config = chapter_module(name).Config.preset("book")
     there = finished_steps(folder)
-    told = ((read_ledger(name, root) or {}).get("steps") or {}) | there
+    recorded = (read_ledger(name, root) or {}).get("steps") or {}
+    told = recorded | there
     todo = {step: about["seconds"] for step, about in told.items()
             if step not in there or not step_is_current(about, config)}
-    return Plan(notebook, folder, todo, bool(told), current and not todo)
+    return Plan(notebook, folder, todo, len(told) - len(todo),
+                bool(recorded), current and not todo)
 
 
 def _notebooks(names, root: Path) -> list[Path]:

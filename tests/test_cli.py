@@ -217,6 +217,8 @@ def test_a_change_of_a_figure_costs_no_step(small_book):
         path = small_book(PARAMETERS, TOY, figure)
         plan = plan_of(path, root)
         assert not plan.current
+        assert str(plan) == ("outputs only" if again else
+                             "never recorded to its end, so its time is not known; 0 steps are done")
         folder = root / "runs" / "book" / "sdd_fiqa"
         done = cli("reproduce", "sdd_fiqa", cwd=root)
         assert done.returncode == 0, done.stdout + done.stderr
