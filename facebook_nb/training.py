@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Schedule', 'CHECKPOINT', 'Recipe', 'constant', 'cosine', 'milestones', 'warmup', 'one_cycle', 'seed_all', 'Batches',
-           'Processes', 'Turn', 'History', 'Run', 'save_checkpoint', 'load_checkpoint', 'TrainingError', 'Reporter',
-           'fit']
+           'Processes', 'GradientSum', 'Turn', 'History', 'Run', 'save_checkpoint', 'load_checkpoint', 'TrainingError',
+           'Reporter', 'fit']
 
 # %% ../nbs/foundations/training.ipynb #imports
 import hashlib
@@ -17,7 +17,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,6 +46,7 @@ class Recipe:
     clip_norm: float | Mapping[str, float] | None = None  # of the gradient
     precision: str = "no"           # or "bf16": autocast, weights in float32
     channels_last: bool = False     # memory layout, for convolutions on GPUs
+    compile: bool = False           # the model, or its parts, by torch.compile
     ema: float | None = None        # decay of the average of the weights
     seed: int = 0
     workers: int = 0                # that load batches; 0: none, for tensors
@@ -252,20 +253,73 @@ def _parameters(optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _add_gradients(group: Processes, parameters) -> None:
-    """Sum the gradients over processes; None where no process has one."""
-    if group.count == 1 or not parameters:
-        return
-    has = [p.grad is not None for p in parameters]
-    for p in parameters:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    counts = torch.tensor(has, dtype=torch.float32, device=group.device)
-    group.add_up([*(p.grad for p in parameters), counts])
-    if not all(has):
-        for p, count in zip(parameters, counts.tolist()):
-            if not count:
-                p.grad = None
+class GradientSum:
+    """Adds gradients up over processes while backward is still running.
+
+    Parameters fill buckets from the last one to the first, as backward
+    comes to them. A bucket travels when it is full and those before it are
+    gone, so that all processes send in one order, whatever their graphs do.
+    """
+
+    SIZE = 2**22                        # numbers in a bucket, about
+
+    def __init__(self, group: Processes, parameters):
+        self.buckets, room = [], 0
+        for p in reversed(parameters if group.count > 1 else []):
+            if room <= 0 or p.dtype != self.buckets[-1][0].dtype:
+                self.buckets.append([])
+                room = self.SIZE
+            self.buckets[-1].append(p)
+            room -= p.numel()
+        self.home = {p: i for i, bucket in enumerate(self.buckets)
+                     for p in bucket}
+
+    @contextmanager
+    def travelling(self):
+        """Around the last backward; outside, gradients only pile up."""
+        self.missing = [len(bucket) for bucket in self.buckets]
+        self.sent = []
+        hooks = [p.register_post_accumulate_grad_hook(self._arrived)
+                 for p in self.home if p.requires_grad]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        while len(self.sent) < len(self.buckets):
+            self._send()                    # with what got no gradient
+        for bucket, work, flat in self.sent:
+            work.wait()
+            self._unpack(bucket, flat)
+
+    def _arrived(self, p: Tensor) -> None:
+        self.missing[self.home[p]] -= 1
+        while len(self.sent) < len(self.buckets) and not self.missing[
+                len(self.sent)]:
+            self._send()
+
+    @torch.no_grad()
+    def _send(self) -> None:
+        bucket = self.buckets[len(self.sent)]
+        has = torch.tensor([p.grad is not None for p in bucket])
+        flat = torch.cat([*((torch.zeros_like(p) if p.grad is None else
+                             p.grad).reshape(-1) for p in bucket),
+                          has.to(bucket[0])])
+        work = torch.distributed.all_reduce(flat, async_op=True)
+        self.sent.append((bucket, work, flat))
+
+    @torch.no_grad()
+    def _unpack(self, bucket, flat) -> None:
+        *parts, counts = flat.split([*(p.numel() for p in bucket),
+                                     len(bucket)])
+        if any(p.grad is None for p in bucket):     # None where all have none
+            for p, count in zip(bucket, counts.tolist()):
+                if count and p.grad is None:
+                    p.grad = torch.zeros_like(p)
+        moved = [(p.grad, part.view(p.shape)) for p, part in zip(
+            bucket, parts) if p.grad is not None]
+        if moved:
+            torch._foreach_copy_(*map(list, zip(*moved)))
 
 
 def _clip(group: Processes, shared, sharded, limit: float) -> None:
@@ -293,6 +347,7 @@ class Turn:
         self.shared = [p for k, p in mine.items() if k not in own]
         self.sharded = [p for k, p in mine.items() if k in own]
         self.others = [p for p in rivals if id(p) not in mine]
+        self.sum = GradientSum(group, self.shared)
         self.limit = recipe.clip_norm
         if isinstance(self.limit, Mapping):
             self.limit = self.limit.get(name)
@@ -300,7 +355,7 @@ class Turn:
     def __call__(self, model: nn.Module, pieces, step: int) -> dict:
         row: dict = {}
         with _frozen(self.others):
-            for share, batch in pieces:
+            for number, (share, batch) in enumerate(pieces, 1):
                 with torch.autocast(self.group.device.type, torch.bfloat16,
                                     enabled=self.recipe.precision == "bf16"):
                     scalars = self.loss(model, batch, step)
@@ -308,13 +363,14 @@ class Turn:
                     return row
                 if not isinstance(scalars, Mapping):
                     scalars = {"loss": scalars}
-                (share * scalars["loss"]).backward()
+                with (self.sum.travelling() if number == len(pieces)
+                      else nullcontext()):
+                    (share * scalars["loss"]).backward()
                 for key, value in scalars.items():
                     key = f"{self.name}/{key}" if self.name else key
                     value = torch.as_tensor(value, device=self.group.device)
                     value = share * value.detach().float()
                     row[key] = row[key] + value if key in row else value
-        _add_gradients(self.group, self.shared)
         if self.limit:
             _clip(self.group, self.shared, self.sharded, self.limit)
         self.optimizer.step()
@@ -581,7 +637,7 @@ def _restore(run: Run, tensors: Mapping[str, Tensor], folder: Path) -> None:
 @plumbing
 def _settings(run: Run, schedule, samples: int, more) -> dict:
     """What must be the same when a run is resumed, ready for JSON."""
-    free = ("accumulate", "workers", "log_every", "evaluate_every",
+    free = ("accumulate", "compile", "workers", "log_every", "evaluate_every",
             "checkpoint_every", "keep")
     kept = {k: v for k, v in asdict(run.recipe).items() if k not in free}
     kept |= {"samples": samples,
@@ -772,6 +828,10 @@ def _prepare(model, loss, optimizer, recipe, sharded, group) -> Run:
     model.to(group.device, memory_format=torch.channels_last
              if recipe.channels_last else torch.preserve_format)
     model.train().zero_grad()
+    if recipe.compile:                  # in place: names and state stay
+        for part in (model.values() if isinstance(model, nn.ModuleDict)
+                     else [model]):
+            part.compile()
     if group.device.type == "cuda":
         for optimizer in optimizers.values():
             _fuse(optimizer)

@@ -268,6 +268,23 @@ def test_channels_last(device, tmp_path):
         same(net, calm, rtol=1e-3, atol=1e-5)
 
 
+def test_compiled_in_place(monkeypatch):
+    """A model, or each part of a ModuleDict; names, state and numbers stay."""
+    compiled = []
+    real = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda part: (compiled.append(type(part)), real(part, backend="eager")))
+    results = []
+    for recipe in (Recipe(3, 8), Recipe(3, 8, compile=True)):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"net": nn.Linear(3, 4), "head": nn.Sequential(nn.Linear(4, 1))})
+        loss = lambda m, batch, step: (m["head"](m["net"](batch[0])) - batch[1]).square().mean()
+        fit(model, loss, (torch.ones(8, 3), torch.ones(8, 1)), torch.optim.SGD(model.parameters(), 0.1), recipe,
+            device="cpu")
+        results.append(model.state_dict())
+    assert compiled == [nn.Linear, nn.Sequential]
+    same(*results)
+
+
 @device
 def test_rivals_take_turns(device):
     """Each optimiser moves its own on its own loss; the other is frozen while it plays."""

@@ -3,6 +3,7 @@ import os
 import signal
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 from facebook_nb import training
 from facebook_nb.files import write_weights
-from facebook_nb.training import Recipe, cosine, fit, warmup
+from facebook_nb.training import GradientSum, Recipe, cosine, fit, warmup
 
 
 class Stop(Exception):
@@ -161,9 +162,18 @@ def member(rank, ranks, port, out):
                 state[f"history {key}"] = torch.tensor(values)
         write_weights(out / f"{name}-{rank}.safetensors", state)
 
-    for name, changes in {"plain": {}, "pieces": {"accumulate": 2}}.items():
-        args = plain(**changes)
-        keep(name, args[0], fit(*args, device="cpu"))
+    early = []                          # gradients that leave while others are still to come
+    arrived = GradientSum._arrived
+
+    def watched(self, p):
+        arrived(self, p)
+        early.append(len(self.sent) and any(self.missing))
+
+    with mock.patch.multiple(GradientSum, SIZE=16, _arrived=watched):      # a bucket holds 16 numbers, not four million
+        for name, changes in {"plain": {}, "pieces": {"accumulate": 2}}.items():
+            args = plain(**changes)
+            keep(name, args[0], fit(*args, device="cpu"))
+    assert any(early)
     if ranks == 2:
         model, loss, *more = plain()
         keep("dice", model, fit(model, lambda *a: {"loss": loss(*a), "draw": torch.rand(())}, *more, device="cpu"))
