@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -707,11 +708,22 @@ def test_settings_name_what_is_wrong():
         afsd.run(Config.preset("full", network="small", start=None))
 
 
+def test_the_rival_is_kept_where_validation_likes_it_best(monkeypatch):
+    scores, seen = iter([0.2, 0.3, 0.3]), []
+    monkeypatch.setattr(afsd, "mean_ap", lambda truth, found, tiou: seen.append(tiou) or SimpleNamespace(
+        mAP=np.array([next(scores)])))
+    config = replace(SMOKE, pair_steps=(1, 2, 3))
+    found = afsd.train_row(config, "as drawn", "pairs", 0)
+    assert found["number.steps"] == 2 and len(found["loss"]) == 2
+    assert all(t[0] == 0.3 and t[-1] == 0.7 for t in seen)
+
+
 def test_contrast_in_steps_of_its_own(world):
     config = replace(SMOKE, bcl="alternate", steps=2)
     torch.manual_seed(0)
     net = afsd.small_network(5, 8)
-    history = afsd.train(config, net, ROWS["AFSD"], training(world, "AFSD"), 0)
+    history = afsd.train(config, net, ROWS["AFSD"], training(world, "AFSD"), 0,
+                         config.steps)
     assert "detect/loss" in history.losses and "contrast/loss" in history.losses
 
 
