@@ -696,7 +696,7 @@ def _filled(text: str) -> str:
         raise UserError(f"prose: no number {name!r} in {text[:40]!r}…; "
                         f"nearest: {', '.join(near) or 'none'}")
 
-    return _PIECE.sub(one, text)
+    return _PIECE.sub(one, text).strip()
 
 
 def prose(text: str) -> None:
