@@ -29,7 +29,7 @@ def folds(cell: dict) -> dict:
     hidden = {}
     if tags & {"hide-input", "hide-cell", "remove-input", "remove-cell"} or len(lines) > FOLD:
         hidden["source_hidden"] = True
-    if tags & {"hide-output", "hide-cell", "remove-output", "remove-cell"}:
+    if tags & {"hide-output", "hide-cell", "remove-output"}:
         hidden["outputs_hidden"] = True
     return hidden
 
