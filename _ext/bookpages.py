@@ -11,9 +11,9 @@ import yaml
 from docutils import nodes
 from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
+from portable import figure_of
 
 from facebook_nb.experiment import Claim
-from portable import figure_of
 
 DIRECTIVE = re.compile(r"\s*#\s*\|")
 # a hyphen that begins a number, or stands alone between two names
