@@ -23,6 +23,7 @@ check-numbers: $(READY)
 	$(BIN)/facebook-nb reproduce --one-seed
 
 lab: $(READY)
+	$(BIN)/jupyter trust nbs/*/*.ipynb > /dev/null
 	$(BIN)/jupyter lab nbs/chapters
 
 clean:

@@ -11,17 +11,17 @@ import yaml
 from docutils import nodes
 from docutils.parsers.rst import Directive
 from docutils.statemachine import StringList
+from portable import figure_of
 
 from facebook_nb.experiment import Claim
 
 DIRECTIVE = re.compile(r"\s*#\s*\|")
-FOLD = 30           # a longer cell folds by itself
 # a hyphen that begins a number, or stands alone between two names
 MINUS = re.compile(r"(?<![^\s>(\[±])-(?=\d)|(?<=\w )-(?= \w)")
 
 
 def tidy_cells(app, doctree):
-    """Take nbdev's directives out of code cells; fold those that are long."""
+    """Take nbdev's directives out of code cells."""
     for cell in list(doctree.findall(nodes.container)):
         if cell.get("nb_element") != "cell_code" or not cell.children:
             continue
@@ -37,12 +37,6 @@ def tidy_cells(app, doctree):
             if not cell.children:
                 cell.parent.remove(cell)
             continue
-        count = text.count("\n") + 1
-        if count > FOLD and not cell.get("hide_mode"):
-            name = re.search(r"^(?:class|def) (\w+)", text, re.M)
-            what = f"{name[1] if name else 'code'} ({count} lines)"
-            cell["hide_mode"] = "input"
-            cell["prompt_show"], cell["prompt_hide"] = f"Show {what}", f"Hide {what}"
 
 
 def set_numbers(app, doctree, name):
@@ -152,8 +146,7 @@ def picture(root, notebook, chapter, name):
     path = folder / f"{chapter}-{name}.{kinds[kind]}"
     data = "".join(data)
     path.write_bytes(data.encode() if kind == "image/svg+xml" else base64.b64decode(data))
-    about = cell["metadata"]["mystnb"]
-    return nodes.image(uri=f"/_build/pictures/{path.name}", alt=about["image"]["alt"])
+    return nodes.image(uri=f"/_build/pictures/{path.name}", alt=figure_of("".join(cell["source"]))["alt"])
 
 
 class Gallery(Directive):

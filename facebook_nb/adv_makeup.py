@@ -218,7 +218,7 @@ class Sources(NamedTuple):
     faces: (n, 3, H, W); box: (n, 4) int64 top, left, height, width; mask,
     inside: (n, 1, h, w) in [0, 1], of the padded boxes; crops: (n, 3, *side);
     down, across: (n, h, side[0]) and (n, w, side[1]), R and C of
-    eq. adv_makeup-paste.
+    eq. am-paste.
     """
 
     faces: Tensor
@@ -324,7 +324,7 @@ def paste(s: Sources, patch: Tensor,
 
     patch: (B, 3, *side) in [-1, 1]; residual: add what was painted, patch
     less crop, to the native pixels. Returns (B, 3, H, W) and (B, 3, h, w);
-    gradients reach the patch. Source: eq. adv_makeup-paste, and the text above.
+    gradients reach the patch. Source: eq. am-paste, and the text above.
     """
     old = native(s)
     new = patch - s.crops if residual else patch
@@ -476,7 +476,7 @@ def laplacian_loss(new: Tensor, old: Tensor, inside: Tensor) -> Tensor:
     """Mean squared difference of Laplacians; (B, 3, h, w), 0 outside.
 
     inside: (B, 1, h, w), which pixels count; a mean a picture, then over
-    pictures. Source: L_grad in eq. adv_makeup-blend.
+    pictures. Source: L_grad in eq. am-blend.
     """
     k = new.new_tensor([[0, -1, 0], [-1, 4, -1], [0, -1, 0]])
     e = F.conv2d(new - old, k.expand(3, 1, 3, 3), padding=1, groups=3)
@@ -552,7 +552,7 @@ def aim(network, at: Tensor, dodge: bool = False) -> Callable:
     network: maps (B, 3, H, W) in [-1, 1] to embeddings of any length; at:
     images to be taken for (or, to dodge, not to be taken for): one, or one a
     source. Returns a function of faces and their source numbers: (B,) losses.
-    Source: eq. adv_makeup-attack.
+    Source: eq. am-attack.
     """
     with torch.no_grad():
         kept = F.normalize(network(at))
@@ -591,7 +591,7 @@ def identity_gradient(
     G: Generator, src: Sources, rows: Tensor, faces: Tensor, aims: Mapping,
     crew: Crew, eta: float, residual: bool = False,
 ) -> tuple[list[Tensor], Tensor]:
-    """Gradient of eq. adv_makeup-identity by G's weights, and its value.
+    """Gradient of eq. am-identity by G's weights, and its value.
 
     rows: (B,) source numbers of `src`; faces: what `paste` made of G's
     output, with its graph, which is kept; crew without judges: the plain
@@ -944,7 +944,7 @@ def gradient_attack(
     faces: (n, 3, H, W) in [-1, 1]; mask: (n, 1, H, W); epsilon: of a range
     of 0..1, 1 for no bound; start: "source", "random" or "grey"; once: FGSM.
     Returns faces rounded to 8 bits. Raises UserError for another epsilon.
-    Source: eq. adv_makeup-sign.
+    Source: eq. am-sign.
     """
     if not 0 <= epsilon <= 1 or steps < 1:
         raise UserError(f"epsilon={epsilon}, steps={steps}: from 0 to 1, of "
@@ -1012,7 +1012,7 @@ def at_visibility(old: Tensor, new: Tensor, level: Tensor,
     """Changes scaled down to an SSIM of `level` a picture, (n,).
 
     Those that are no more visible than that stay as they are. Rounded to 8
-    bits. Source: eq. adv_makeup-scale.
+    bits. Source: eq. am-scale.
     """
     low, high = torch.zeros(len(old)), torch.ones(len(old))
     moments = _moments((old + 1) / 2, (new - old) / 2)
@@ -1193,7 +1193,7 @@ def poisson_blend(
 ) -> np.ndarray:
     """Blend `new` into `old` where mask: (h, w, 3) uint8, (h, w) bool.
 
-    Source: eq. adv_makeup-poisson; Pérez et al. 2003.
+    Source: eq. am-poisson; Pérez et al. 2003.
     """
     from scipy.sparse import coo_matrix
     from scipy.sparse.linalg import splu
@@ -1440,7 +1440,7 @@ def faces_of(x: np.ndarray) -> Tensor:
 def turned(old: Tensor, new: Tensor, level: Tensor) -> Tensor:
     """The change of (n, 3, H, W) with its sign turned, at SSIM `level`.
 
-    Source: eq. adv_makeup-turned.
+    Source: eq. am-turned.
     """
     other = (old - 1.3 * (new - old)).clamp(-1, 1)
     return at_visibility(old, other, level)

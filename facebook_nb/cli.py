@@ -249,7 +249,7 @@ def store(done: Path, source: Path, mark: Mapping) -> None:
         if cell.cell_type == "code":
             cell.outputs = outputs.get(cell.id, [])
     clean_nb(nb, allowed_metadata_keys=["facebook_nb"],
-             allowed_cell_metadata_keys=["tags", "mystnb"])
+             allowed_cell_metadata_keys=["tags", "mystnb", "jupyter"])
     nb.metadata["facebook_nb"] = dict(mark)
     with write_atomic(source) as part:
         write_nb(nb, part)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PACKAGES', 'FREE', 'OWNS', 'ROLES', 'Settings', 'processor_name', 'device_name', 'environment', 'package_folder',
            'weights_file', 'watched', 'own_folder', 'RunFolder', 'step_is_current', 'finished_steps', 'half_width',
-           'Claim', 'decide', 'Check', 'Report', 'with_interval', 'Table', 'result_table', 'verdict_table', 'glue',
-           'glue_report', 'book_root', 'read_ledger', 'record', 'differences', 'seed_differences']
+           'Claim', 'decide', 'Check', 'Report', 'with_interval', 'Table', 'result_table', 'verdict_table', 'prose',
+           'numbers', 'book_root', 'read_ledger', 'record', 'differences', 'seed_differences']
 
 # %% ../nbs/foundations/experiment.ipynb #imports
 import functools
@@ -15,12 +15,14 @@ import inspect
 import json
 import os
 import platform
+import re
 import tempfile
 import time
 import typing
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
@@ -664,49 +666,79 @@ def verdict_table(report: Report) -> Table:
              for check in report.mechanism]
     return Table(["", "what", "what came out"], said)
 
-# %% ../nbs/foundations/experiment.ipynb #glue_report
+# %% ../nbs/foundations/experiment.ipynb #prose
+_KNOWN: dict[str, object] = {}      # numbers of the notebook that runs
+_SHOWN: dict[str, str] = {}         # a text → what it shows at present
+# what keeps its braces (mathematics, code), then a name with its format
+_PIECE = re.compile(r"\$\$.+?\$\$|\$[^$]+\$|```.+?```|`[^`]+`"
+                    r"|\{([\w-]+)(?::([^{}\s]+))?\}", re.S)
+
+
 def _slug(text: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in text.lower()).strip("-")
 
 
-def glue(name: str, value) -> None:
-    """Offer a number, a text or a figure to the pages, by its name.
+def _filled(text: str) -> str:
+    def one(piece):
+        name, form = piece[1], piece[2] or ""
+        if name is None:
+            return piece[0]
+        if name in _KNOWN:
+            try:
+                return format(_KNOWN[name], form)
+            except (TypeError, ValueError):     # "not run", with a format
+                return str(_KNOWN[name])
+        if "preset" not in _KNOWN:              # the report is still to come
+            return "…"
+        if _KNOWN["preset"] == "smoke":         # has not all rows
+            return "(not at this preset)"
+        near = get_close_matches(name, _KNOWN, 5, 0.4)
+        raise UserError(f"prose: no number {name!r} in {text[:40]!r}…; "
+                        f"nearest: {', '.join(near) or 'none'}")
 
-    As `myst_nb.glue` without display, which imports Sphinx for a second.
+    return _PIECE.sub(one, text).strip()
+
+
+def prose(text: str) -> None:
+    """Show Markdown in which numbers of the run are filled in.
+
+    text: with `{name}` or `{name:format}`, the format as in `format`; names
+    are those that `numbers` hands over. Braces in mathematics ($…$) and in
+    code stay. A number not handed over yet is an ellipsis; after the report
+    an unknown name raises UserError, except at preset smoke.
     """
-    from IPython.core.formatters import format_display_data
-    from IPython.display import display
+    from IPython.display import Markdown, display
 
-    if isinstance(value, np.generic):       # its repr is not a number
-        value = value.item()
-    data, about = format_display_data(value)
-    mark = "application/papermill.record/"
-    display({mark + kind: shown for kind, shown in data.items()}, raw=True,
-            metadata=about | {"scrapbook": {"name": name,
-                                            "mime_prefix": mark}})
+    _SHOWN[text] = _filled(text)
+    display(Markdown(_SHOWN[text]), display_id=f"prose-{hash(text)}")
 
 
-def glue_report(report: Report, **more: float | str) -> None:
-    """Offer a report's numbers to the text of its notebook.
+def numbers(report: Report | None = None, **more: float | str) -> None:
+    """Hand a report's numbers to the prose of its page, above and below.
 
-    Keys: CHAPTER-ROW-METRIC (the mean over seeds) and, with -half, its
-    interval's half-width; CHAPTER-claim-verdict and CHAPTER-claim-effect,
-    CHAPTER-finding-1-verdict …; CHAPTER-NAME for each further value.
+    Names: ROW-METRIC (the mean over seeds) and, with -half, its interval's
+    half-width; claim-verdict and claim-effect, finding-1-verdict …; seeds,
+    preset, and each further value by its name.
     """
-    slug = report.chapter
-    for row, columns in report.metrics.items():
-        for metric in columns:
-            key = f"{slug}-{_slug(row)}-{_slug(metric)}"
-            glue(key, report.mean(row, metric))
-            glue(key + "-half", report.half(row, metric))
-    names = ["claim"] + [f"finding-{k}" for k in range(
-        1, len(report.findings) + 1)]
-    for name, claim in zip(names, (report.claim, *report.findings)):
-        glue(f"{slug}-{name}-verdict", claim.verdict)
-        glue(f"{slug}-{name}-effect", str(claim))
-    glue(f"{slug}-seeds", len(report.seeds))
-    for name, value in more.items():
-        glue(f"{slug}-{_slug(name)}", value)
+    from IPython.display import Markdown, update_display
+
+    if report:
+        for row, columns in report.metrics.items():
+            for metric in columns:
+                name = f"{_slug(row)}-{_slug(metric)}"
+                _KNOWN[name] = report.mean(row, metric)
+                _KNOWN[name + "-half"] = report.half(row, metric)
+        for k, claim in enumerate((report.claim, *report.findings)):
+            name = f"finding-{k}" if k else "claim"
+            _KNOWN[f"{name}-verdict"] = claim.verdict
+            _KNOWN[f"{name}-effect"] = str(claim)
+        _KNOWN["seeds"] = len(report.seeds)
+        _KNOWN["preset"] = report.preset
+    _KNOWN.update({_slug(name): value for name, value in more.items()})
+    for text, shown in _SHOWN.items():
+        if (now := _filled(text)) != shown:
+            _SHOWN[text] = now
+            update_display(Markdown(now), display_id=f"prose-{hash(text)}")
 
 # %% ../nbs/foundations/experiment.ipynb #ledger
 def book_root() -> Path:

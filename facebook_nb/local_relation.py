@@ -94,7 +94,7 @@ def dct_basis(n: int) -> Tensor:
 
 
 def kept_frequencies(h: int, w: int, alpha: float = 0.33) -> Tensor:
-    """(h, w) bool: frequencies that stay, M of eq. local_relation-highpass.
+    """(h, w) bool: frequencies that stay, M of eq. lr-highpass.
 
     alpha: in [0, 1]. Raises UserError outside.
     """
@@ -322,7 +322,7 @@ class LocalRelation(nn.Module):
 # %% ../nbs/chapters/local_relation.ipynb #losses
 def losses(out: Output, label: Tensor, mask: Tensor, n: int = 4,
            lam_sim: float = 10.0, lam_seg: float = 1.0) -> dict:
-    """Scalars `loss`, `ce`, `sim`, `seg`. Source: eq. local_relation-loss.
+    """Scalars `loss`, `ce`, `sim`, `seg`. Source: eq. lr-loss.
 
     label: (B,) 1 if forged; mask: (B, 1, H, W) in [0, 1], brought to the
     size of the predicted one. Terms without a prediction are left out.

@@ -280,7 +280,7 @@ def wasserstein(p: Tensor, q: Tensor) -> Tensor:
 
     p: (..., a) and q: (..., b), not sorted; leading axes broadcast.
     Returns (...), floating, in the unit of p; gradients are kept. Raises
-    UserError for an empty set. Source: eq. sdd_fiqa-w1.
+    UserError for an empty set. Source: eq. sdd-w1.
     """
     if not p.shape[-1] or not q.shape[-1]:
         raise UserError(f"wasserstein: sets of {p.shape[-1]} and "
@@ -305,7 +305,7 @@ def rescaled(w: Tensor) -> Tensor:
     """Each repetition stretched to 0..100 over its images.
 
     w: (K, n) distances, NaN for images without one. Returns (K, n).
-    Source: δ in eq. sdd_fiqa-label.
+    Source: δ in eq. sdd-label.
     """
     low = w.nan_to_num(nan=torch.inf).amin(1, keepdim=True)
     high = w.nan_to_num(nan=-torch.inf).amax(1, keepdim=True)
@@ -397,7 +397,7 @@ def train_network(
 
     x: (n, …) inputs; labels: (n,) on the scale 0..100; change: what is done
     to a batch first; loss: another than `LabelLoss`.
-    Source: eq. sdd_fiqa-huber. Raises UserError for labels that are missing.
+    Source: eq. sdd-huber. Raises UserError for labels that are missing.
     """
     if bad := int((~labels.isfinite()).sum()):
         raise UserError(f"labels: {bad} of {len(labels)} are not finite; "
@@ -1122,7 +1122,7 @@ def mean_similarities(
     """Mean genuine and mean impostor similarity over all pairs, in O(n d).
 
     Returns two (n,) float32, NaN for people with fewer images.
-    Source: eq. sdd_fiqa-gap.
+    Source: eq. sdd-gap.
     """
     n, people = len(images.y), int(images.y.max()) + 1
     S = torch.zeros(people, images.e.shape[1], device=images.y.device)
@@ -1483,7 +1483,7 @@ def official_optimizer(parameters, rate: float = 1e-4) -> torch.optim.Adam:
 
 
 def huber(net, batch, step) -> Tensor:
-    """The authors' loss: Huber with threshold 1. Source: eq. sdd_fiqa-huber."""
+    """The authors' loss: Huber with threshold 1. Source: eq. sdd-huber."""
     x, y = batch
     return F.smooth_l1_loss(net(x).squeeze(-1), y)
 

@@ -1,4 +1,5 @@
 """The rendered book: built without a warning, and read in a browser with the network off."""
+import re
 import shutil
 import subprocess
 import sys
@@ -58,8 +59,17 @@ def test_no_page_shows_directives_or_needs_another_host(html):
     for page in pages:
         text = page.read_text()
         assert "#| export" not in text and "#| default_exp" not in text, page.name
+        read = re.sub(r"(?s)<(pre|code)\b.*?</\1>", "", text)
+        assert not re.search(r"\]\(#|\\tag\{|\{(numref|eq|glue:\w+|cite:\w|term|doc|ref)\}|\*\*Figure", read), page.name
         for tag in ("script", "link", "img"):
             assert f'<{tag} src="http' not in text and f'<{tag} href="http' not in text, page.name
+
+
+def test_a_page_gives_its_notebook(html):
+    for notebook in ROOT.glob("nbs/*/*.ipynb"):
+        name = notebook.relative_to(ROOT).as_posix()
+        assert (html / "_sources" / name).read_text() == notebook.read_text()
+        assert f'href="../../_sources/{name}"' in (html / name).with_suffix(".html").read_text()
 
 
 def test_ten_chapters_have_a_page_and_the_unwritten_say_so(html):

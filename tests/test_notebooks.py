@@ -4,6 +4,7 @@ import pytest
 from facebook_nb.cli import execute, has_code, is_written
 from facebook_nb.files import read_json
 from tests.conftest import ROOT
+from tests.test_portable import portable, waiting
 
 CHAPTERS = [n for n in sorted(ROOT.glob("nbs/chapters/*.ipynb")) if is_written(n)]
 # foundations, and chapters of which only the method is written
@@ -23,6 +24,20 @@ def test_chapter_at_smoke(notebook, tmp_path):
     assert {"text", "effect", "interval", "smallest_effect"} <= set(metrics["claim"])
     assert metrics["mechanism"] and metrics["steps"]
     assert {"config.json", "environment.json"} <= {p.name for p in tmp_path.iterdir()}
+    assert_shows_this_run(tmp_path / notebook.name, metrics)
+
+
+def assert_shows_this_run(notebook, metrics):
+    """The prose has the run's numbers, also that above the cell which hands them over; figures have their captions."""
+    cells = [c for c in read_json(notebook)["cells"] if c["cell_type"] == "code"]
+    prose = [c for c in cells if portable.is_prose("".join(c["source"]))]
+    assert not [c["id"] for c in prose if waiting(c)]
+    assert metrics["claim"]["verdict"] in portable.prose_of(prose[0])
+    for cell in cells:
+        if (figure := portable.figure_of("".join(cell["source"]))) and "def figure(" not in "".join(cell["source"]):
+            kinds = [kind for output in cell["outputs"] for kind in output.get("data", {})]
+            drawn = any(kind.startswith("image/") for kind in kinds)
+            assert drawn == any(map(portable.is_caption, cell["outputs"])), figure["name"]
 
 
 @pytest.mark.parametrize("notebook", OTHERS, ids=lambda p: p.stem)

@@ -14,6 +14,9 @@ from facebook_nb.digests import source_digest
 from facebook_nb.experiment import read_ledger, step_is_current
 from tests.conftest import ROOT
 
+sys.path.insert(0, str(ROOT / "_ext"))
+import portable  # noqa: E402
+
 NOTEBOOKS = sorted(ROOT.glob("nbs/*/*.ipynb"))
 RUN = [n for n in NOTEBOOKS if has_code(n)]
 MODULES = [p for p in sorted((ROOT / "facebook_nb").rglob("*.py")) if p.name not in ("__init__.py", "_modidx.py")]
@@ -73,9 +76,8 @@ def test_stored_outputs_are_fit_to_be_read(notebook):
             assert "application/vnd.jupyter.widget-view+json" not in data, cell["id"]
             for kind in ("image/png", "image/jpeg", "image/svg+xml", "image/gif"):
                 if kind in data:
-                    meta = cell["metadata"].get("mystnb", {})
-                    assert meta.get("figure", {}).get("caption"), f"{cell['id']}: no caption"
-                    assert meta.get("image", {}).get("alt"), f"{cell['id']}: no alt text"
+                    figure = portable.figure_of("".join(cell["source"])) or {}
+                    assert figure.get("caption") and figure.get("alt"), f"{cell['id']}: no figure(name, caption, alt)"
                     assert len("".join(data[kind])) < 220_000, f"{cell['id']}: figure over 150 KB"
     assert notebook.stat().st_size < 2_700_000
 

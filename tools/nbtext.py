@@ -6,7 +6,7 @@
 In the text a cell starts with a line `%%%% md ID`, `%%%% code ID {"tags": [...]}` or `%%%% raw ID` (the metadata is
 optional, JSON, on that line; a raw cell is a draft: kept, but neither run nor rendered); what follows, up to the next
 such line, is its source as it is. Going back to a notebook, a code cell whose id and source are unchanged keeps its
-outputs, and the notebook keeps its metadata.
+outputs, the notebook keeps its metadata, and what the book folds is folded in Jupyter (`folds`).
 """
 import json
 import os
@@ -18,6 +18,20 @@ KINDS = {"md": "markdown", "code": "code", "raw": "raw"}
 HEAD = re.compile(r"^%%%% (md|code|raw) ([A-Za-z0-9_-]{1,64})(?: (\{.*\}))?$")
 KERNEL = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"},
           "language_info": {"name": "python"}}
+FOLD = 30           # lines; a longer cell is folded whatever its tags
+DIRECTIVE = re.compile(r"\s*#\s*\|")       # nbdev's, which a reader does not see
+
+
+def folds(cell: dict) -> dict:
+    """What Jupyter is told of a code cell, by its tags and its length: the metadata `jupyter`."""
+    tags = set(cell["metadata"].get("tags", []))
+    lines = [line for line in "".join(cell["source"]).strip().splitlines() if not DIRECTIVE.match(line)]
+    hidden = {}
+    if tags & {"hide-input", "hide-cell", "remove-input", "remove-cell"} or len(lines) > FOLD:
+        hidden["source_hidden"] = True
+    if tags & {"hide-output", "hide-cell", "remove-output"}:
+        hidden["outputs_hidden"] = True
+    return hidden
 
 
 def to_text(nb: dict) -> str:
@@ -58,6 +72,7 @@ def to_notebook(text: str, old: dict | None = None) -> dict:
             before = known.get(name, {})
             same = "".join(before.get("source", [])) == "".join(source)
             cell |= {"execution_count": None, "outputs": before.get("outputs", []) if same else []}
+            cell["metadata"] |= {"jupyter": hidden} if (hidden := folds(cell)) else {}
         out.append(cell)
     meta = (old or {}).get("metadata") or KERNEL
     return {"cells": out, "metadata": meta, "nbformat": 4, "nbformat_minor": 5}
