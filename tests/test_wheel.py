@@ -67,7 +67,8 @@ def test_the_wheel_holds_modules_and_weights_only(python):
 def test_the_wheel_says_what_it_is(python):
     about = metadata.PathDistribution(next(python.parent.parent.rglob("facebook_nb-*.dist-info"))).metadata
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert cited["version"] == about["Version"] and cited["license"] == (about["License-Expression"] or about["License"])
+    assert cited["version"] == about["Version"]
+    assert cited["license"] == (about["License-Expression"] or about["License"])
     assert f"## {about['Version']}" in (ROOT / "CHANGELOG.md").read_text()
     assert f"Source, {cited['repository-code']}" in about.get_all("Project-URL")
     assert f"git clone {cited['repository-code']} " in (ROOT / "README.md").read_text()
