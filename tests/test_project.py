@@ -165,3 +165,23 @@ def test_every_public_definition_has_a_docstring():
         for node in ast.parse(module.read_text()).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{module.stem}.{node.name}"
+
+
+def public_calls(body, prefix=""):
+    """(name, definition) of public functions, and of methods of public classes, constructors and operators included."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef) and (node.name[0] != "_" or node.name.endswith("__")):
+            yield prefix + node.name, node
+        elif isinstance(node, ast.ClassDef) and node.name[0] != "_":
+            yield from public_calls(node.body, f"{node.name}.")
+
+
+def test_every_public_call_says_its_types():
+    for module in MODULES:
+        for name, node in public_calls(ast.parse(module.read_text()).body):
+            a = node.args
+            given = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+            bound = "." in name and not any(ast.unparse(d) == "staticmethod" for d in node.decorator_list)
+            lacking = [x.arg for x in given[bound:] if x.annotation is None]
+            returns = node.returns is not None or node.name == "__init__"
+            assert not lacking and returns, f"{module.stem}.{name}: {', '.join(lacking) or 'what it returns'}"
