@@ -378,12 +378,12 @@ def anchors(app, doctree):
     path = Path(app.srcdir) / f"{app.env.docname}.ipynb"
     if not path.exists():
         return
-    cells = [c["id"] for c in json.loads(path.read_text())["cells"]
-             if c["cell_type"] == "code" and re.match(r"#\|\s*export", "".join(c["source"]))]
-    found = [c for c in doctree.findall(nodes.container) if c.get("nb_element") == "cell_code" and c.children
-             and re.match(r"\s*#\|\s*export", c.children[0].astext())]
-    for name, cell in zip(cells, found):
-        cell["ids"].append(f"code-{name}")
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    names = {text.strip(): c["id"] for c in cells if re.match(r"#\|\s*export", text := "".join(c["source"]))}
+    for cell in doctree.findall(nodes.container):
+        if cell.get("nb_element") == "cell_code" and cell.children:
+            name = names.get(cell.children[0].astext().strip())
+            cell["ids"] += [f"code-{name}"] if name else []
 
 
 def setup(app):
