@@ -1,10 +1,12 @@
-# make book · make test · make reproduce · make check-numbers · make lab: each sets up .venv by itself, once
+# make book · make test · make reproduce · make check-numbers · make lab: each sets up .venv by itself, once; make setup: that alone
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready-$(shell cat settings.ini constraints.txt setup.py pyproject.toml | cksum | cut -d' ' -f1)
 
-.PHONY: book test reproduce check-numbers lab clean
+.PHONY: setup book test reproduce check-numbers lab clean
 .DELETE_ON_ERROR:
+
+setup: $(READY)
 
 book: $(READY)
 	$(BIN)/facebook-nb tour

@@ -1,5 +1,4 @@
 """What the book adds to Jupyter Book: tidy cells, pages made from ledger and package, mathematics without a network."""
-import ast
 import base64
 import importlib.util
 import json
@@ -149,80 +148,8 @@ def picture(root, notebook, chapter, name):
     return nodes.image(uri=f"/_build/pictures/{path.name}", alt=figure_of("".join(cell["source"]))["alt"])
 
 
-class Gallery(Directive):
-    """A picture a chapter, each above the chapter's title.
-
-    Content, a mapping in YAML: the chapters in order, each with the cell whose figure is shown.
-    """
-
-    has_content = True
-
-    def run(self):
-        root = Path(self.state.document.settings.env.srcdir)
-        gallery = nodes.container(classes=["gallery"])
-        for chapter, name in yaml.safe_load("\n".join(self.content)).items():
-            path = root / "nbs" / "chapters" / f"{chapter}.ipynb"
-            self.state.document.settings.env.note_dependency(str(path))
-            card = nodes.container(classes=["card"])
-            card += picture(root, json.loads(path.read_text()), chapter, name)
-            self.state.nested_parse(StringList([f"{{doc}}`chapters/{chapter}`"]), 0, card)
-            gallery += card
-        return [gallery]
-
-
-class Claims(Directive):
-    """The ten chapters in the order of the book: title, the claim tested, the verdict, what was measured."""
-
-    def run(self):
-        env = self.state.document.settings.env
-        root = Path(env.srcdir)
-        rows = []
-        for chapter in re.findall(r"nbs/chapters/(\w+)", (root / "_toc.yml").read_text()):
-            path = root / "nbs" / "results" / f"{chapter}.json"
-            env.note_dependency(str(path))
-            if path.exists():
-                entry = json.loads(path.read_text())
-                text = entry["claim"]["text"][0].upper() + entry["claim"]["text"][1:]
-                found = verdict(entry)
-            else:
-                text, *found = "Not written yet: the method, without the experiment.", "", ""
-            rows.append((f"{{doc}}`chapters/{chapter}`", text, *found))
-        table = _table(("Chapter", "Claim tested", "Verdict", "What came out"), rows, self.state)
-        table["classes"].append("claims")
-        return [table]
-
-
-class Api(Directive):
-    """Every public function and class of the package: its call, and the first paragraph of its docstring."""
-
-    def run(self):
-        env = self.state.document.settings.env
-        package = Path(env.srcdir) / "facebook_nb"
-        sections = []
-        for path in sorted(package.rglob("*.py")):
-            tree = ast.parse(path.read_text())
-            public = [n for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name[0] != "_"]
-            if path.stem.startswith("_") or not public:
-                continue
-            env.note_dependency(str(path))
-            name = ".".join(path.relative_to(package.parent).with_suffix("").parts)
-            section = nodes.section(ids=[nodes.make_id(f"api-{name}")], names=[name])
-            section += nodes.title(text=name)
-            entries = nodes.definition_list(classes=["api"])
-            for node in public:
-                item, body = nodes.definition_list_item(), nodes.definition()
-                call = node.name + ("" if isinstance(node, ast.ClassDef) else f"({ast.unparse(node.args)})")
-                text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-                body += nodes.paragraph(text=text)
-                item += [nodes.term("", "", nodes.literal(text=call)), body]
-                entries += item
-            section += entries
-            sections.append(section)
-        return sections
-
-
-def _table(head, rows, state=None):
-    """A table of texts; with `state`, those that begin with a role are parsed."""
+def _table(head, rows):
+    """A table of texts."""
     table, group = nodes.table(classes=["results"]), nodes.tgroup(cols=len(head))
     table += group
     group += [nodes.colspec(colwidth=1) for _ in head]
@@ -230,12 +157,7 @@ def _table(head, rows, state=None):
     def line(texts):
         row = nodes.row()
         for text in texts:
-            entry = nodes.entry()
-            if state and text.startswith("{"):
-                state.nested_parse(StringList([text]), 0, entry)
-            else:
-                entry += nodes.paragraph(text=text)
-            row += entry
+            row += nodes.entry("", nodes.paragraph(text=text))
         return row
 
     top, body = nodes.thead(), nodes.tbody()
@@ -258,9 +180,6 @@ def local_mathjax(app, exc):
 
 def setup(app):
     app.add_directive("ledger", Ledger)
-    app.add_directive("claims", Claims)
-    app.add_directive("gallery", Gallery)
-    app.add_directive("api", Api)
     app.connect("doctree-read", tidy_cells)
     app.connect("doctree-read", banner)
     app.connect("doctree-resolved", set_numbers)

@@ -79,6 +79,25 @@ def test_ten_chapters_have_a_page_and_the_unwritten_say_so(html):
         assert ("not written yet" in text) != is_written(ROOT / "nbs" / "chapters" / f"{chapter}.ipynb")
 
 
+def test_every_public_name_can_be_linked_to_and_its_source_found(html):
+    from sphinx.util.inventory import InventoryFile
+    sys.path.insert(0, str(ROOT / "_ext"))
+    from front import modules
+    with (html / "objects.inv").open("rb") as file:
+        known = InventoryFile.load(file, "", lambda a, b: b)
+    known = {name for kind, names in known.items() if kind.startswith("py:") for name in names}
+    assert known == {f"{module[0]}.{name}" for module in modules(ROOT) for name in module[1]}
+    pages = {}
+    for page in ("api", "api_names"):
+        text = (html / "nbs" / "appendix" / f"{page}.html").read_text()
+        links = re.findall(r'href="\.\./(\w+/\w+\.html)#(code-[\w-]+)"', text)
+        assert len(links) > 80
+        for path, anchor in links:
+            if path not in pages:
+                pages[path] = (html / "nbs" / path).read_text()
+            assert f'id="{anchor}"' in pages[path], f"{path}#{anchor}"
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_every_page_reads_well_with_the_network_off(html, address, browser, size):
     width, height = SIZES[size]

@@ -141,8 +141,49 @@ def test_readme_quotes_the_ledger():
     assert done.returncode == 0, done.stderr
 
 
+def test_the_pages_about_the_whole_say_what_is_there():
+    """Cases are counted where a test reads them; what ships has a card, what is shown whole an example."""
+    sys.path.insert(0, str(ROOT / "_ext"))
+    import front
+    tests = "".join(p.read_text() for p in (ROOT / "tests" / "parity").glob("*.py"))
+    for chapter, cases in front.cases(ROOT).items():
+        unread = [c for c in cases if re.sub(r"\d+$", "", c.split("_")[0].split(".")[-1]) not in tests]
+        assert not unread, f"{chapter}: {unread}"
+    assert list(front.ASKS) == list(CHAPTERS) == list(front.entries(ROOT))
+    known = {module[0]: module for module in front.modules(ROOT)}
+    for chapter in CHAPTERS:
+        full, public, _, notebook = known[f"facebook_nb.{chapter}"]
+        main = front.HEADLINES[chapter]
+        assert 5 <= len(main) <= 10 and not set(main) - set(public), chapter
+        assert sum(bool(front.example(ROOT, notebook, name)) for name in main) >= 5, chapter
+    cards = (ROOT / "nbs/appendix/weights.md").read_text()
+    assert re.findall(r"^(\w+):$", cards, re.M) == list(CHAPTERS)
+    assert all(len(re.findall(rf"^  {key}: .{{10}}", cards, re.M)) == len(CHAPTERS) for key in front.Cards.WORDS)
+    assert all(front.facts(ROOT, chapter) for chapter in CHAPTERS)
+
+
 def test_every_public_definition_has_a_docstring():
     for module in MODULES:
         for node in ast.parse(module.read_text()).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
                 assert ast.get_docstring(node), f"{module.stem}.{node.name}"
+
+
+def public_calls(body, prefix=""):
+    """(name, definition) of public functions, and of methods of public classes, constructors and operators included."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef) and (node.name[0] != "_" or node.name.endswith("__")):
+            yield prefix + node.name, node
+        elif isinstance(node, ast.ClassDef) and node.name[0] != "_":
+            yield from public_calls(node.body, f"{node.name}.")
+
+
+def test_every_public_call_says_its_types():
+    for module in MODULES:
+        for name, node in public_calls(ast.parse(module.read_text()).body):
+            a = node.args
+            given = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, (a.vararg, a.kwarg))]
+            bound = "." in name and not any(ast.unparse(d) == "staticmethod" for d in node.decorator_list)
+            lacking = [x.arg for x in given[bound:] if x.annotation is None]
+            returns = node.returns is not None or node.name == "__init__"
+            assert not lacking and returns, f"{module.stem}.{name}: {', '.join(lacking) or 'what it returns'}"

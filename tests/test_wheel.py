@@ -7,6 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 
 from tests.conftest import ROOT
@@ -59,8 +60,18 @@ def run(python, *args, cwd):
 
 def test_the_wheel_holds_modules_and_weights_only(python):
     package = next(python.parent.parent.rglob("facebook_nb"))
-    assert (package / "weights").is_dir()
+    assert (package / "weights").is_dir() and (package / "py.typed").is_file()
     assert not list(package.rglob("*.ipynb"))
+
+
+def test_the_wheel_says_what_it_is(python):
+    about = metadata.PathDistribution(next(python.parent.parent.rglob("facebook_nb-*.dist-info"))).metadata
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == about["Version"]
+    assert cited["license"] == (about["License-Expression"] or about["License"])
+    assert f"## {about['Version']}" in (ROOT / "CHANGELOG.md").read_text()
+    assert f"Source, {cited['repository-code']}" in about.get_all("Project-URL")
+    assert f"git clone {cited['repository-code']} " in (ROOT / "README.md").read_text()
 
 
 def test_every_module_imports_with_the_core_requirements(python, tmp_path):
