@@ -547,8 +547,8 @@ def to_input(clips: Tensor) -> Tensor:
 class ClipBatches:
     """Training clips of the world for `fit`: segment draws and small moves.
 
-    frames: (N, F, H, W, 3) uint8. A batch is (clips as `to_input` gives
-    them, (B,) labels); it is drawn with torch's global generator.
+    frames: (N, F, H, W, 3) uint8. A batch is (clips (B, T, H, W, 3) uint8,
+    (B,) labels); it is drawn with torch's global generator.
     """
 
     def __init__(self, frames, labels, T: int, move: int):
@@ -568,7 +568,7 @@ class ClipBatches:
                 zip(self.frames.shape[2:4], moves))
         clips = self.frames[index[:, None, None, None], t[:, :, None, None],
                             y[:, None, :, None], x[:, None, None]]
-        return to_input(clips), self.labels[index]
+        return clips, self.labels[index]
 
 # %% ../nbs/chapters/cmr.ipynb #predict
 @torch.no_grad()
@@ -642,7 +642,9 @@ def train(config: Config, network: Network, clips, seed: int,
         batch_size=config.batch_size, clip_norm=20, channels_last=True,
         precision=config.precision, workers=config.workers,
         checkpoint_every=per_epoch if folder else None)
-    loss = lambda net, batch, step: F.cross_entropy(net(batch[0]), batch[1])
+    # bytes travel to the device, and become floats there
+    loss = lambda net, batch, step: F.cross_entropy(
+        net(to_input(batch[0])), batch[1])
     return fit(network, loss, clips, optimizer, recipe, schedule=schedule,
                folder=folder)
 
@@ -985,7 +987,8 @@ MIRRORED = {86: 87, 87: 86, 93: 94, 94: 93, 166: 167, 167: 166}
 class VideoBatches:
     """Training clips from disk: segment draws, multi-scale crops, flips.
 
-    A flip (`config.flip`) of Something-Something changes MIRRORED labels.
+    A sample is (clip (T, S, S, 3) uint8, label). A flip (`config.flip`) of
+    Something-Something changes MIRRORED labels.
     """
 
     def __init__(self, found: ClipList, config: Config):
@@ -1009,7 +1012,7 @@ class VideoBatches:
         if self.flip and rng.random() < 0.5:
             frames = frames[:, :, ::-1].copy()
             label = self.relabel.get(label, label)
-        return to_input(torch.from_numpy(frames)[None])[0], label
+        return torch.from_numpy(np.ascontiguousarray(frames)), label
 
 # %% ../nbs/chapters/cmr.ipynb #find_data
 def find_data(root, kind: str) -> tuple[ClipList, ClipList]:

@@ -360,7 +360,8 @@ def test_full_runs_on_a_toy_copy_of_its_data(tmp_path):
                 write_image(tmp_path / "data" / phase / name / f"{k}.png", rng.integers(0, 256, (16, 16, 3), np.uint8))
     config = dmf.Config.preset(
         "full", data_root=tmp_path / "data", out_dir=tmp_path / "run", rows=("no gate", "DMF"), size=16, way=2,
-        queries=2, episodes=1, steps=2, warm=1, test_episodes=2, checkpoint_every=1, groups=64, kernel=3, rate=0.01)
+        queries=2, episodes=1, steps=2, warm=1, test_episodes=2, checkpoint_every=1, groups=64, kernel=3, rate=0.01,
+        workers=1)
     report = dmf.run(config)
     assert report.metrics["DMF"].keys() == {"miniimagenet 1-shot", "miniimagenet 5-shot"}
     own = dmf.Config.preset("smoke", data_root=tmp_path / "data", worlds=("folders",), size=16)
