@@ -33,7 +33,7 @@ from .files import (
     DataCheck, UserError, load_strict, progress, read_about, read_metadata,
     read_weights, write_image, write_weights)
 from .inputs import apply_each
-from .processes import gather_rows, share
+from .processes import in_parts
 from .readers.video import (
     ClipList, clip_indices, draw_crop, open_clip, read_kinetics, read_list,
     read_something, resize, segment_indices)
@@ -1105,19 +1105,29 @@ class ClipViews:
 
 
 @torch.no_grad()
-def score_videos(network: Network, clips: ClipViews, workers: int = 0) -> dict:
-    """Top-1 and top-5 over all clips, which the processes share."""
+def score_videos(network: Network, clips: ClipViews, config: Config,
+                 folder: Path | None = None) -> dict:
+    """Top-1 and top-5 over all clips; see `in_parts`."""
     network.eval()
-    mine = torch.utils.data.Subset(clips, share(len(clips)))
-    loader = torch.utils.data.DataLoader(mine, None, num_workers=workers)
-    device, ranks = network.fc.weight.device, []
-    for seen, label in progress(loader, len(mine), "test"):
-        logits = torch.cat([network(to_input(part.to(device))).float().cpu()
-                            for part in seen.split(10)])
-        order = consensus(logits).argsort(descending=True)
-        ranks.append((order == label).nonzero().item())
-    ranks = gather_rows(np.array(ranks, np.int64))
-    return {"top-1": (ranks < 1).mean(), "top-5": (ranks < 5).mean()}
+    device = network.fc.weight.device
+    mixed = torch.autocast(device.type, torch.bfloat16,
+                           enabled=config.precision == "bf16")
+
+    def places(rows) -> np.ndarray:
+        """The place of the label among the answers, from 0."""
+        found = []
+        for seen, label in torch.utils.data.DataLoader(
+                torch.utils.data.Subset(clips, rows), None,
+                num_workers=config.workers):
+            with mixed:
+                logits = torch.cat([network(to_input(part.to(device))).float()
+                                    for part in seen.split(10)])
+            order = consensus(logits).argsort(descending=True)
+            found.append((order == label).int().argmax())
+        return torch.stack(found).cpu().numpy()
+
+    at = in_parts(len(clips), places, folder, 1024, "test")
+    return {"top-1": (at < 1).mean(), "top-5": (at < 5).mean()}
 
 
 def train_videos(config: Config, row: str, seed: int, folder: Path) -> dict:
@@ -1127,7 +1137,8 @@ def train_videos(config: Config, row: str, seed: int, folder: Path) -> dict:
     network = build(config, row, len(found.classes))
     history = train(config, network, VideoBatches(found, config), seed,
                     config.steps, config.rate, folder)
-    scores = score_videos(network, ClipViews(test, config), config.workers)
+    scores = score_videos(network, ClipViews(test, config), config,
+                          folder / "test")
     return {**scores, "loss": history.losses["loss"], **weights_of(network)}
 
 # %% ../nbs/chapters/cmr.ipynb #claims
