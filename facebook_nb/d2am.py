@@ -39,7 +39,7 @@ from facebook_nb.files import (
 from .inputs import Item, apply_each, is_grey, tell
 from .metrics.verification import auc
 from .models.recognisers import crop_faces, dlib_installed
-from .processes import is_main
+from .processes import ask_first, is_main
 from .readers.spoof import (
     PROTOCOLS, Found, Listing, check_spoof, load_pictures, protocol)
 from .training import Processes, Recipe, cosine, fit
@@ -77,9 +77,9 @@ class Config(Settings):
     network: Literal["small", "rfm"] = "small"  # "rfm": the paper's size
     protocols: tuple[str, ...] = ()  # of readers.spoof.PROTOCOLS
     rows: tuple[str, ...] = ()      # of ROWS and ABLATIONS; (): all
-    precision: str = "no"           # "bf16" on a GPU
+    precision: Literal["no", "bf16"] = "no"
     cut: bool = False               # recompute E: a third of the memory
-    workers: int = 0
+    workers: int = 0                # that read pictures
 
     CHAPTER: ClassVar[str] = "d2am"
     PRESETS: ClassVar = {
@@ -90,7 +90,7 @@ class Config(Settings):
         "full": {"side": 256, "network": "rfm", "epochs": 30, "batch": 10,
                  "epoch_steps": 288, "rate": 1e-3, "alpha": 1e-3,
                  "norm": "domain", "decay": False, "n_seeds": 1, "cut": True,
-                 "rows": ("D2AM",),
+                 "rows": ("D2AM",), "precision": "bf16", "workers": 8,
                  "protocols": tuple(PROTOCOLS)[:4]}}
 
 # %% ../nbs/chapters/d2am.ipynb #six_channels
@@ -999,8 +999,9 @@ def train(config: Config, row: Row, data: Collection, seed: int,
     size, domain, curve = K * 2 * b * ranks, None, []
     for epoch in range(config.epochs):
         net.eval()
-        domain = find_domains(net, row, data, K, epoch, seed, domain, device,
-                              capacity)
+        # once: processes could differ in the last bit, and so in clusters
+        domain = ask_first(find_domains, net, row, data, K, epoch, seed,
+                           domain, device, capacity)
         if watch:
             watch(epoch, net, domain)
         rows = epoch_rows(domain, data.live, K, b,
@@ -1185,7 +1186,7 @@ def read_collection(config: Config, listings: Mapping[str, Listing],
     """
     d, parts, videos, first = depth_side(config), [], [], 0
     for site, s in enumerate(listings.values()):
-        x, rows = load_pictures(s, config.side, frames)
+        x, rows = load_pictures(s, config.side, frames, config.workers)
         if not len(x):
             raise UserError(f"{s.name}: not one picture could be read: "
                             f"{s.problems}")

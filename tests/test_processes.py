@@ -65,6 +65,16 @@ def test_finished_parts_are_not_made_again(tmp_path):
     assert asked == [range(0, 2), range(2, 4), range(2, 4), range(4, 5)]
 
 
+def damaged(item):
+    raise UserError(f"{item}: damaged; copy it again")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_worker_is_one_line(workers):
+    with pytest.raises(UserError, match="^a.png: damaged; copy it again$"):
+        next(iter(processes.in_workers(damaged, ["a.png"], workers)))
+
+
 def test_an_environment_that_names_nobody_to_join(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
