@@ -18,12 +18,12 @@ __all__ = ['FRAME', 'DROP', 'KINDS', 'SURROGATES', 'KINDRED', 'JUDGE', 'FARS', '
            'gradient_agreement', 'defend', 'attack_victim', 'defended', 'summarise', 'detection', 'run', 'keep_weights',
            'wearable', 'load_official', 'apply', 'read_landmarks', 'MakeupSet', 'read_makeup', 'check_data',
            'check_full', 'Resized', 'official_recognisers', 'lfw_limits', 'StreamedSources', 'full_target',
-           'full_targets', 'run_full']
+           'full_targets', 'rehearse', 'run_full']
 
 # %% ../nbs/chapters/adv_makeup.ipynb #imports
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -2179,6 +2179,18 @@ def full_targets(config: Config, limits: Mapping, names, folder=None) -> dict:
         return np.array([[x[k] for k in keys] for x in found])
 
     return dict(zip(keys, in_parts(len(names), some, folder, 1, "targets").T))
+
+
+def rehearse(config: Config, plan) -> None:
+    """The works of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
+    found = check_full(config)
+    names = [p.stem for p in found.files["target"][:config.targets]]
+    each = -(-min(config.pairs, len(found.files["before"]))
+             // config.batch_size)
+    limits = {f"τ {f:g}": 0.0 for f in FARS}
+    plan.work("an iteration", len(names) * (
+        config.iterations or config.epochs * each), lambda rows: full_target(
+            replace(config, iterations=len(rows)), limits, names[0]), 6)
 
 
 def run_full(config: Config) -> Report:

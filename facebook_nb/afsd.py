@@ -13,9 +13,9 @@ __all__ = ['ROWS', 'PLANS', 'WORLDS', 'TIOU', 'SMALLEST', 'COMPARED', 'FILMS', '
            'sequences', 'clips_of', 'clip_at', 'Detections', 'fuse', 'segments_of', 'thinned', 'detect',
            'name_detections', 'scan_pairs', 'scan', 'as_table', 'without_class', 'measure', 'Exchanged', 'inside',
            'near_boundary', 'weights_of', 'train_row', 'test_row', 'find_data', 'footage', 'Videos', 'run_videos',
-           'check_data', 'missing', 'check_full', 'claims', 'in_world', 'mechanism', 'draw_timeline', 'save_timeline',
-           'run', 'steps_of', 'leave_weights', 'load_network', 'motion_of', 'search_video', 'apply', 'literal_loop',
-           'benchmark', 'load_official']
+           'rehearse', 'check_data', 'missing', 'check_full', 'claims', 'in_world', 'mechanism', 'draw_timeline',
+           'save_timeline', 'run', 'steps_of', 'leave_weights', 'load_network', 'motion_of', 'search_video', 'apply',
+           'literal_loop', 'benchmark', 'load_official']
 
 # %% ../nbs/chapters/afsd.ipynb #imports
 import functools
@@ -1479,6 +1479,12 @@ def run_videos(config: Config, name: str, seed: int, folder: Path) -> dict:
     numbers, drawn = measure(data.truth(), found, 1.0)
     return {**{f"number.{k}": v for k, v in numbers.items()}, **drawn,
             "loss": history.losses["loss"], **weights_of(net)}
+
+
+def rehearse(config: Config, plan) -> None:
+    """The trainings of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
+    plan.training("a row", len(config.rows) * config.n_seeds, run_videos,
+                  config, config.rows[-1], config.seed, None)
 
 
 def check_data(data_root, flow: bool = False) -> DataCheck:

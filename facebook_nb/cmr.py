@@ -9,8 +9,8 @@ __all__ = ['ROWS', 'DEPTHS', 'MEAN', 'STD', 'CLASSES', 'WORLDS', 'MIRRORED', 'RO
            'build', 'train', 'weights_of', 'loaded', 'world_clips', 'first_stage', 'second_stage', 'motion_maps',
            'inside', 'rank_at', 'measured', 'single_frame_probe', 'as_released', 'benchmark', 'timings', 'views',
            'in_colour', 'consensus', 'VideoBatches', 'find_data', 'check_data', 'missing', 'check_full', 'ClipViews',
-           'score_videos', 'train_videos', 'claims', 'mechanism', 'leave_weights', 'run', 'run_sweeps', 'run_swells',
-           'overlay', 'load_network', 'apply', 'cost', 'from_official', 'load_official']
+           'score_videos', 'train_videos', 'rehearse', 'claims', 'mechanism', 'leave_weights', 'run', 'run_sweeps',
+           'run_swells', 'overlay', 'load_network', 'apply', 'cost', 'from_official', 'load_official']
 
 # %% ../nbs/chapters/cmr.ipynb #imports
 import functools
@@ -1140,6 +1140,12 @@ def train_videos(config: Config, row: str, seed: int, folder: Path) -> dict:
     scores = score_videos(network, ClipViews(test, config), config,
                           folder / "test")
     return {**scores, "loss": history.losses["loss"], **weights_of(network)}
+
+
+def rehearse(config: Config, plan) -> None:
+    """The trainings of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
+    plan.training("a row", len(config.rows) * config.n_seeds, train_videos,
+                  config, config.rows[-1], config.seed, None)
 
 # %% ../nbs/chapters/cmr.ipynb #claims
 ROLES = {"TIM": "baseline", "single frames": "trivial", "TSN": "trivial"}

@@ -11,8 +11,8 @@ __all__ = ['RIDGE', 'POOLED', 'RANDOM', 'TRUE', 'ONCE', 'OURS', 'ROWS', 'ABLATIO
            'judge_claim', 'checks', 'Collection', 'depth_side', 'drawn_sites', 'world_sets', 'look_at', 'predict',
            'find_domains', 'reestimate', 'train', 'probe_accuracy', 'clustering_scores', 'one_run', 'ridge_run',
            'measure', 'ship', 'read_depth', 'face_template', 'read_collection', 'video_scores', 'check_full',
-           'one_protocol', 'run_protocols', 'run', 'load_detector', 'verdict_picture', 'judge_item', 'apply',
-           'rephotograph', 'try_on', 'RFMExtractor', 'RFMDepth', 'RFMEmbedder', 'load_official', 'check_data']
+           'one_protocol', 'rehearse', 'run_protocols', 'run', 'load_detector', 'verdict_picture', 'judge_item',
+           'apply', 'rephotograph', 'try_on', 'RFMExtractor', 'RFMDepth', 'RFMEmbedder', 'load_official', 'check_data']
 
 # %% ../nbs/chapters/d2am.ipynb #imports
 import functools
@@ -1275,6 +1275,25 @@ def one_protocol(config: Config, name: str, row: Row, seed: int,
         "test live": live, "trace": np.array(trace), "curve": curve} | {
             f"weights/{k}": v.cpu() for k, v in net.state_dict().items()} | {
             "weights/threshold": equal_error(p, dev.live.numpy())}
+
+
+def rehearse(config: Config, plan) -> None:
+    """The works of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
+    names, rows = [*check_full(config)], config.rows or (*ROWS,)
+    sources, target = protocol(names[0], check_spoof(
+        config.data_root, 0).sets)
+    times = len(names) * len(rows) * config.n_seeds
+    few = lambda s, n: s.select(np.linspace(0, len(s) - 1, min(
+        n, len(s))).astype(int))
+    some = {k: few(s, 64) for k, s in sources.items()}
+    one = next(iter(sources.values()))
+    plan.work("reading a face", times * (2 * len(target) + sum(
+        map(len, sources.values()))), lambda rows: load_pictures(
+            few(one, len(rows)), config.side, 1, config.workers),
+            min(64, len(one)))
+    plan.training("an epoch", times * config.epochs, train, config,
+                  (ROWS | ABLATIONS)[rows[0]],
+                  read_collection(config, some, 1)[0], config.seed)
 
 
 def run_protocols(config: Config) -> Report:

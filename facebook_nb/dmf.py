@@ -8,7 +8,7 @@ __all__ = ['ROWS', 'WORLDS', 'GATES', 'MEAN', 'STD', 'REPLACED', 'SMALLEST', 'CL
            'score_maps', 'DMF', 'episode_loss', 'fixed_episodes', 'Episodes', 'quarter_turns', 'scenes', 'world_splits',
            'ProtoNet', 'CrossAttention', 'build', 'authors_rate', 'normalised', 'augmented', 'taps', 'share_on_map',
            'pretrain', 'load_row', 'train_row', 'features', 'evaluate', 'test_row', 'test_pixels', 'replaced', 'judge',
-           'check_data', 'check_full', 'run', 'restore', 'place_scores', 'whole', 'apply', 'literal_scores',
+           'check_data', 'check_full', 'rehearse', 'run', 'restore', 'place_scores', 'whole', 'apply', 'literal_scores',
            'benchmark', 'load_official']
 
 # %% ../nbs/chapters/dmf.ipynb #imports
@@ -1051,6 +1051,17 @@ def check_full(config: Config) -> list[tuple[str, int, str]]:
                 config.few_rows if place < config.few_seeds else ()))
                 if world == worlds[0] else
                 config.other_rows[:99 if place < config.other_seeds else 0])]
+
+
+def rehearse(config: Config, plan) -> None:
+    """The trainings of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
+    jobs = check_full(config)
+    world, seed, row = jobs[-1]
+    if config.pretrain:
+        plan.training("pretraining", len({job[:2] for job in jobs}), pretrain,
+                      config, world, seed)
+    plan.training("a row", len(jobs), train_row, config, world, seed,
+                  ROWS[row], {})
 
 
 def run(config: Config) -> Report:

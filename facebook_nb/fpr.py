@@ -15,7 +15,7 @@ __all__ = ['PENALTIES', 'BASES', 'SIDE', 'OURS', 'MATCHED', 'PAPER', 'PAPER_MATC
            'false_positives', 'HeadSettings', 'PenaltyStats', 'penalised_logits', 'penalised_loss', 'gather_rows',
            'check_batch', 'FPRHead', 'split_cross_entropy', 'benchmark', 'OfficialHead', 'load_official', 'find_parts',
            'look_through', 'check_full', 'check_data', 'TrainingFaces', 'FullLoss', 'train_full', 'embed_shared',
-           'evaluate_full', 'run_full']
+           'evaluate_full', 'rehearse', 'run_full']
 
 # %% ../nbs/chapters/fpr.ipynb #imports
 import csv
@@ -1963,6 +1963,16 @@ def evaluate_full(config: Config, rfw: str, bfw: str | None,
     return found
 
 # %% ../nbs/chapters/fpr.ipynb #run_full
+def rehearse(config: Config, plan) -> None:
+    """The trainings of preset full; plan: a `facebook_nb.cli.Rehearsal`.
+
+    One process holds all classes, where several would split them.
+    """
+    rows = config.rows or (OURS, "CosFace", MATCHED)
+    plan.training("a row", len(rows), train_full, config,
+                  str(check_full(config)["train"]), rows[0])
+
+
 def run_full(config: Config) -> Report:
     """The paper's training and tests on stored data: preset `full`."""
     join()

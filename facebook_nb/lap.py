@@ -12,9 +12,9 @@ __all__ = ['NETWORKS', 'UNSUP3D', 'FIELD', 'WALL', 'STUDIO', 'THEN', 'ROWS', 'CH
            'supervised_loss', 'train_stage', 'late_cosine', 'Best', 'check_rows', 'train_row', 'refine', 'gain_error',
            'errors', 'averaged', 'measure', 'measure_fit', 'front', 'constant', 'people_of', 'row_step', 'refine_step',
            'test_step', 'floor_step', 'fit_step', 'mechanism', 'run', 'judge', 'figure_step', 'save_model',
-           'load_model', 'photo_sets', 'measure_rendered', 'photos_step', 'rendered_step', 'check_full', 'fine_points',
-           'face_mesh', 'unwrap', 'write_mesh', 'turntable', 'write_film', 'frame_face', 'reconstruct', 'apply',
-           'check_data']
+           'load_model', 'photo_sets', 'measure_rendered', 'photos_step', 'rendered_step', 'check_full', 'rehearse',
+           'fine_points', 'face_mesh', 'unwrap', 'write_mesh', 'turntable', 'write_film', 'frame_face', 'reconstruct',
+           'apply', 'check_data']
 
 # %% ../nbs/chapters/lap.ipynb #imports
 import math
@@ -1705,6 +1705,13 @@ def check_full(config: Config) -> None:
         lacks.append(str(error))
     if lacks:
         raise UserError("lap: this run needs " + "; and ".join(lacks))
+
+
+def rehearse(config: Config, plan) -> None:
+    """The trainings of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
+    for stage, settling in (("single", 1), ("sets", 0), ("refine", 0)):
+        plan.training(stage, config.n_seeds, photos_step, config, config.seed,
+                      stage, {}, at=settling)
 
 
 def _run_on_photos(config: Config) -> Report:

@@ -11,15 +11,16 @@ __all__ = ['SCALES', 'RIDGE', 'MASK_ROW', 'FULL', 'POOLED', 'NO_TARGET', 'COLOUR
            'faces_of_people', 'compressed', 'make_data', 'Pairs', 'build', 'train_network', 'examine', 'truth',
            'one_run', 'cell_statistics', 'ridge_run', 'last_network', 'last_weights', 'by_video', 'measures',
            'one_manipulation', 'row_metrics', 'run_metrics', 'MBConv', 'EfficientNet', 'B4Encoder', 'Decoder',
-           'load_imagenet', 'check_full', 'cut_faces', 'FullData', 'train_full', 'test_full', 'run_full', 'run',
-           'load_official', 'load_detector', 'heat_map', 'pictures_of', 'faces_of', 'overlay', 'judge_item', 'apply',
-           'check_data']
+           'load_imagenet', 'check_full', 'cut_faces', 'FullData', 'train_full', 'test_full', 'rehearse', 'run_full',
+           'run', 'load_official', 'load_detector', 'heat_map', 'pictures_of', 'faces_of', 'overlay', 'judge_item',
+           'apply', 'check_data']
 
 # %% ../nbs/chapters/local_relation.ipynb #imports
 import functools
+import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -1067,6 +1068,36 @@ def test_full(config: Config, weights: Mapping, videos: ForgeryList,
         for k, v in measures(video, forged[first_of]).items():
             found[f"{method}: video {k}"] = v
     return found
+
+
+def rehearse(config: Config, plan) -> None:
+    """The works of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
+    lists = check_full(config)
+    videos = lists["train"]
+    videos.videos = [v for v in videos.videos if v.method != config.held_out]
+    with tempfile.TemporaryDirectory() as place:
+        if not all(isinstance(v.frames, tuple) for v in videos.videos):
+            one = {v.label: v for v in videos.videos}
+            some = [one[k % 2] for k in range(max(2, config.workers))]
+            some = [replace(v, name=f"{v.name}-{k}")
+                    for k, v in enumerate(some)]
+            last = []
+
+            def cut(rows):
+                last[:] = [Path(tempfile.mkdtemp(dir=place))]
+                crop_all(replace(videos, videos=some[:len(rows)]), *last,
+                         "train", config.video_frames, config.size,
+                         workers=config.workers)
+
+            plan.work("cutting a film", sum(map(len, lists.values())), cut,
+                      len(some))
+            done = {v.label: v for v in read_deepfakebench(
+                last[0] / "train.json", "train").videos}
+            if len(done) < 2:
+                raise UserError(f"{videos.layout}: no face was found in "
+                                f"{one[0].name} or {one[1].name}")
+            videos.videos = [done[v.label] for v in videos.videos]
+        plan.training("the network", 1, train_full, config, videos, None)
 
 
 def run_full(config: Config) -> Report:

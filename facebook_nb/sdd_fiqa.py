@@ -15,7 +15,7 @@ __all__ = ['DAMAGE', 'POSE', 'DISTANCES', 'OURS', 'GENUINE', 'TAIL', 'PAIRS', 'O
            'mean_similarities', 'impostor_quantile', 'pair_distances', 'Labels', 'pseudo_labels', 'load_official',
            'look_through', 'check_full', 'check_pictures', 'check_data', 'TrainingFaces', 'Rows', 'in_batches',
            'embed_all', 'official_optimizer', 'huber', 'full_loss', 'label_faces', 'train_full', 'evaluate_full',
-           'run_full']
+           'rehearse', 'run_full']
 
 # %% ../nbs/chapters/sdd_fiqa.ipynb #imports
 import functools
@@ -1555,6 +1555,18 @@ def evaluate_full(config: Config, path: str, recogniser: str, weights) -> dict:
                                          quality, FMRS, rates))
         found |= {f"{row}|AOC {f:.0e}": a for f, a in area.items()}
     return found
+
+
+def rehearse(config: Config, plan) -> None:
+    """The works of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
+    parts = check_full(config)
+    faces, recogniser = read_faces(parts["train"]), str(parts["recogniser"])
+    if not (config.data_root / "embeddings.npy").is_file():
+        net = load_official(recogniser)
+        plan.work("embedding a face", len(faces), lambda rows: [*in_batches(
+            net, faces, config, rows=rows)], 2048)
+    plan.training("the network", 1, train_full, config, str(parts["train"]),
+                  recogniser, torch.zeros(len(faces)))
 
 
 def run_full(config: Config) -> Report:
