@@ -1264,7 +1264,8 @@ def false_positives(c: Tensor, t: Tensor, penalty: Penalty, n: int,
         min(most, v.numel()))
     top = torch.cat(_gather(group, F.pad(
         v, (0, most - len(v)), value=EXCLUDED)))
-    T_u = (top if group is None else top.topk(most).values)[k.clamp_min(1) - 1]
+    T_u = (top if group is None else top.topk(most).values).gather(
+        0, k.clamp_min(1)[None] - 1)[0]     # [k] would wait for the device
     T_u = torch.where(k > 0, T_u, torch.nan)
     return FalsePositives(
         row[at // length], column.flatten()[at].clamp_max(c.shape[1] - 1), v,
