@@ -17,12 +17,13 @@ __all__ = ['FRAME', 'DROP', 'KINDS', 'SURROGATES', 'KINDRED', 'JUDGE', 'FARS', '
            'learn_to_paint', 'started', 'make_up_row', 'rival_row', 'bytes_of', 'faces_of', 'turned',
            'gradient_agreement', 'defend', 'attack_victim', 'defended', 'summarise', 'detection', 'run', 'keep_weights',
            'wearable', 'load_official', 'apply', 'read_landmarks', 'MakeupSet', 'read_makeup', 'check_data',
-           'check_full', 'Resized', 'official_recognisers', 'lfw_limits', 'StreamedSources', 'full_target', 'run_full']
+           'check_full', 'Resized', 'official_recognisers', 'lfw_limits', 'StreamedSources', 'full_target',
+           'full_targets', 'rehearse', 'run_full']
 
 # %% ../nbs/chapters/adv_makeup.ipynb #imports
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
@@ -45,6 +46,8 @@ from facebook_nb.models.backbones import (
 from facebook_nb.models.recognisers import (
     TEMPLATES, align, detect_faces, dlib_installed, five_points, load_dlib,
     similarity)
+from .processes import in_parts
+from .training import Processes
 
 # %% ../nbs/chapters/adv_makeup.ipynb #Config
 @dataclass(frozen=True, kw_only=True)
@@ -2080,8 +2083,8 @@ def official_recognisers(root: Path, names=RECOGNISERS) -> dict:
                        SIDES[n]) for n in names}
 
 # %% ../nbs/chapters/adv_makeup.ipynb #lfw_limits
-def _picture(path: Path) -> Tensor:
-    x = torch.from_numpy(read_image(path)).permute(2, 0, 1)
+def _picture(path: Path, read=read_image) -> Tensor:
+    x = torch.from_numpy(read(path)).permute(2, 0, 1)
     return x[None].float() / 127.5 - 1
 
 
@@ -2089,20 +2092,18 @@ def lfw_limits(config: Config, most: int = 2000) -> dict[str, float]:
     """Thresholds of the victim by FAR on pairs of different people of LFW."""
     from facebook_nb.readers.faces import read_folder
 
-    root, device = Path(config.data_root), _device()
+    root, device = Path(config.data_root), Processes().device
     who = Recogniser(_official(root)[config.victim].to(device))
     faces = read_folder(root / "lfw")
     first = np.unique(faces.labels, return_index=True)[1][:most]
-    e = torch.cat([who.embed(_picture(faces.store[int(i)]).to(device)).cpu()
-                   for i in progress(first, label="thresholds")])
+    some = lambda rows: torch.cat([who.embed(
+        _picture(faces.store[int(first[i])]).to(device)).cpu()
+        for i in rows]).numpy()
+    e = torch.from_numpy(in_parts(len(first), some, label="thresholds"))
     s = who.matrix(e)[np.triu_indices(len(e), 1)]
     return {f"τ {f:g}": far_threshold(s, f, support=1) for f in FARS}
 
 # %% ../nbs/chapters/adv_makeup.ipynb #run_full
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @functools.lru_cache(maxsize=1)
 def _official(root: Path) -> dict:
     return official_recognisers(root)
@@ -2111,17 +2112,19 @@ def _official(root: Path) -> dict:
 class StreamedSources:
     """Sources that are read from their files when a batch needs them.
 
+    What was decoded is kept, as bytes: 1 MB for a picture of 600².
     found: the set; files: of its part; side, drop: as in `make_sources`.
     """
 
     def __init__(self, found: MakeupSet, files, side, drop: float, device):
         self.found, self.files, self.side = found, list(files), side
         self.drop, self.device, self.n = drop, device, len(self.files)
+        self.read = functools.lru_cache(1000)(read_image)
 
     def rows(self, index) -> Sources:
         paths = (self.files[index] if isinstance(index, slice)
                  else [self.files[int(i)] for i in index])
-        faces = [_picture(p) for p in paths]
+        faces = [_picture(p, self.read) for p in paths]
         for p, x in zip(paths, faces):
             if x.shape != faces[0].shape:
                 raise UserError(f"{p}: {x.shape[3]}×{x.shape[2]} pixels, the "
@@ -2136,7 +2139,7 @@ class StreamedSources:
 def full_target(config: Config, limits: Mapping, name: str) -> dict:
     """A target of `full`: shares accepted before and after, by FAR."""
     found, root = check_full(config), Path(config.data_root)
-    device, path = _device(), next(
+    device, path = Processes().device, next(
         p for p in found.files["target"] if p.stem == name)
     nets = {k: v.to(device) for k, v in _official(root).items()}
     victim = Recogniser(nets.pop(config.victim))
@@ -2167,18 +2170,39 @@ def full_target(config: Config, limits: Mapping, name: str) -> dict:
             for row, s in scores.items() for f in FARS}
 
 
+def full_targets(config: Config, limits: Mapping, names, folder=None) -> dict:
+    """`full_target` of each, (targets,) arrays; the processes share them."""
+    keys = [f"{row}|{f:g}" for row in ("clean", OURS) for f in FARS]
+
+    def some(rows) -> np.ndarray:
+        found = [full_target(config, limits, names[i]) for i in rows]
+        return np.array([[x[k] for k in keys] for x in found])
+
+    return dict(zip(keys, in_parts(len(names), some, folder, 1, "targets").T))
+
+
+def rehearse(config: Config, plan) -> None:
+    """The works of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
+    found = check_full(config)
+    names = [p.stem for p in found.files["target"][:config.targets]]
+    each = -(-min(config.pairs, len(found.files["before"]))
+             // config.batch_size)
+    limits = {f"τ {f:g}": 0.0 for f in FARS}
+    plan.work("an iteration", len(names) * (
+        config.iterations or config.epochs * each), lambda rows: full_target(
+            replace(config, iterations=len(rows)), limits, names[0]), 6)
+
+
 def run_full(config: Config) -> Report:
     """The paper's experiment on stored data: preset `full`."""
     found, folder = check_full(config), RunFolder(config)
     limits = folder.step("thresholds", lfw_limits, config)
-    targets = found.files["target"][:config.targets]
-    each = [folder.step(f"target/{p.stem}", full_target, config, limits,
-                        p.stem) for p in progress(targets, label="targets")]
+    targets = [p.stem for p in found.files["target"][:config.targets]]
     metrics = {}
-    for key in each[0]:
+    for key, shares in folder.step("targets", full_targets, config, limits,
+                                   targets).items():
         row, far = key.split("|")
-        metrics.setdefault(row, {})[f"accepted {far}"] = [
-            float(x[key]) for x in each]
+        metrics.setdefault(row, {})[f"accepted {far}"] = shares.tolist()
     report = Report(
         config.CHAPTER, config.preset_name, [*range(len(targets))], metrics,
         decide(f"Generated make-up raises acceptance by {config.victim} at "

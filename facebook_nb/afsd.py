@@ -13,9 +13,9 @@ __all__ = ['ROWS', 'PLANS', 'WORLDS', 'TIOU', 'SMALLEST', 'COMPARED', 'FILMS', '
            'sequences', 'clips_of', 'clip_at', 'Detections', 'fuse', 'segments_of', 'thinned', 'detect',
            'name_detections', 'scan_pairs', 'scan', 'as_table', 'without_class', 'measure', 'Exchanged', 'inside',
            'near_boundary', 'weights_of', 'find_all', 'train_row', 'test_row', 'find_data', 'footage', 'Videos',
-           'run_videos', 'check_data', 'missing', 'check_full', 'claims', 'in_world', 'mechanism', 'draw_timeline',
-           'save_timeline', 'run', 'steps_of', 'leave_weights', 'load_network', 'motion_of', 'search_video', 'apply',
-           'literal_loop', 'benchmark', 'load_official']
+           'run_videos', 'rehearse', 'check_data', 'missing', 'check_full', 'claims', 'in_world', 'mechanism',
+           'draw_timeline', 'save_timeline', 'run', 'steps_of', 'leave_weights', 'load_network', 'motion_of',
+           'search_video', 'apply', 'literal_loop', 'benchmark', 'load_official']
 
 # %% ../nbs/chapters/afsd.ipynb #imports
 import functools
@@ -23,6 +23,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
@@ -44,7 +45,7 @@ from .metrics.detection import (  # noqa: F401
     boundary_errors, error_shares, mean_ap, soft_nms, temporal_iou)
 from .models.i3d import (  # noqa: F401
     I3D, Conv, block, load_trunk, same_padded)
-from .processes import everyone, share
+from .processes import in_parts
 from facebook_nb.readers.localisation import (  # noqa: F401
     THUMOS14, Footage, find_localisation, frames_at, read_activitynet,
     seconds_at, timeline)
@@ -1442,7 +1443,7 @@ class Videos:
     """THUMOS14 or ActivityNet in a released layout."""
 
     def __init__(self, config: Config):
-        self.plan = PLANS[config.network]
+        self.plan, self.threads = PLANS[config.network], config.workers or 1
         self.half = config.precision == "bf16"
         flow = config.stream == "flow"
         _, self.classes, train, test = find_data(config.data_root, flow)
@@ -1471,17 +1472,25 @@ class Videos:
                 "label": label.clip(max=1) if self.plan.anet else label,
                 "segment": np.concatenate([v.segments for v in rows])}
 
-    def find(self, net, row: Row) -> dict:
-        """Detections of all test videos, which the processes share."""
-        mine = [self.test[i] for i in share(len(self.test))]
-        found = {}
-        for v, f in progress(mine, label="test"):
+    def find(self, net, row: Row, folder: Path | None = None) -> dict:
+        """Detections of all test videos; see `in_parts`."""
+        def one(i: int) -> np.ndarray:
+            f = self.test[i][1]
             read = functools.partial(f.read, keep=True)
-            found[v.name] = scan(net, read, f.times, self.plan, row, 2,
-                                 half=self.half)
+            found = scan(net, read, f.times, self.plan, row, 2,
+                         half=self.half)
             f.kept.clear()
-        return as_table({k: v for part in everyone(found)
-                         for k, v in part.items()})
+            return np.column_stack([np.full(len(found.score), i), *found])
+
+        def several(rows) -> np.ndarray:    # threads: decoders let go of
+            with ThreadPoolExecutor(self.threads) as pool:  # Python's lock
+                return np.concatenate([*pool.map(one, rows)])
+
+        at = in_parts(len(self.test), several, folder, 16, "test")
+        names = np.array([v.name for v, _ in self.test])
+        return {"video": names[at[:, 0].astype(int)],
+                "segment": at[:, 1:3], "label": at[:, 3].astype(int),
+                "score": at[:, 4]}
 
 
 def run_videos(config: Config, name: str, seed: int, folder: Path) -> dict:
@@ -1491,9 +1500,16 @@ def run_videos(config: Config, name: str, seed: int, folder: Path) -> dict:
     net, row = build(config, name, len(data.classes)), ROWS[name]
     history = train(config, net, row, data.training(row), seed, config.steps,
                     folder)
-    numbers, drawn = measure(data.truth(), data.find(net, row), 1.0)
+    found = data.find(net, row, folder / "test")
+    numbers, drawn = measure(data.truth(), found, 1.0)
     return {**{f"number.{k}": v for k, v in numbers.items()}, **drawn,
             "loss": history.losses["loss"], **weights_of(net)}
+
+
+def rehearse(config: Config, plan) -> None:
+    """The trainings of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
+    plan.training("a row", len(config.rows) * config.n_seeds, run_videos,
+                  config, config.rows[-1], config.seed, None)
 
 
 def check_data(data_root, flow: bool = False) -> DataCheck:

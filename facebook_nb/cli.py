@@ -5,25 +5,27 @@
 # %% auto #0
 __all__ = ['CHAPTERS', 'app', 'data_app', 'apply_app', 'Preset', 'DataRoot', 'Seed', 'Devices', 'OutDir', 'Set', 'Resume',
            'TAKES', 'Weights', 'chapter_notebook', 'is_written', 'has_code', 'chapter_module', 'Outcome', 'execute',
-           'on_all_cores', 'execute_all', 'stamp', 'store', 'Chapters', 'main_options', 'list_chapters', 'run', 'train',
-           'apply', 'results', 'data_check', 'tour', 'Plan', 'plan_of', 'reproduce', 'book', 'main']
+           'on_all_cores', 'execute_all', 'stamp', 'store', 'Chapters', 'main_options', 'list_chapters', 'Rehearsal',
+           'dry_run', 'run', 'train', 'apply', 'results', 'data_check', 'tour', 'Plan', 'plan_of', 'reproduce', 'book',
+           'main']
 
 # %% ../nbs/foundations/cli.ipynb #imports
 import importlib
 import importlib.util
 import inspect
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import (
     ProcessPoolExecutor, ThreadPoolExecutor, as_completed)
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -358,6 +360,189 @@ def list_chapters():
          f"{entry['seconds'] / 60:.0f} min" if entry else "")
         for chapter, entry in entries.items()])
 
+# %% ../nbs/foundations/cli.ipynb #Rehearsal
+class _Enough(BaseException):
+    """What was to be measured has been measured."""
+
+
+class _Again:
+    """The same batch whatever is asked for: a step without its loading."""
+
+    def __init__(self, batch, samples: int):
+        self.batch, self.samples = batch, samples
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def __getitems__(self, rows):
+        return tuple(self.batch) if isinstance(
+            self.batch, list) else self.batch
+
+
+def _measured(devices, model, loss, data, optimizer, recipe, order=None,
+              device=None, **_) -> dict:
+    """What a step of `fit` takes on one of so many devices."""
+    import resource
+    import statistics
+
+    import torch
+
+    from .training import Batches, Processes, fit
+
+    card = Processes(device).device.type == "cuda"
+    short = replace(
+        recipe, steps=4, batch_size=-(-recipe.batch_size // devices),
+        workers=0, log_every=4, evaluate_every=1, checkpoint_every=None)
+    batches, loads, ends = Batches(data, short, order), [], []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)                # as a worker has
+    for i in range(3):
+        begun = time.perf_counter()
+        batch = batches[i][1]
+        loads.append(time.perf_counter() - begun)
+    torch.set_num_threads(threads)
+
+    def tick(model, step):
+        if card:
+            torch.cuda.synchronize()
+        ends.append(time.perf_counter())
+        return {}
+
+    fit(model, loss, _Again(batch, batches.samples), optimizer, short,
+        evaluate=tick, device=device)
+    every = optimizer.values() if isinstance(
+        optimizer, Mapping) else [optimizer]
+    kept = [*model.parameters(), *model.buffers(), *(
+        p for o in every for g in o.param_groups for p in g["params"]), *(
+        x for o in every for s in o.state.values() for x in s.values()
+        if torch.is_tensor(x))]             # weights, gradients, moments
+    return {"steps": recipe.steps, "batch": recipe.batch_size,
+            "workers": recipe.workers, "samples": batches.samples,
+            "load": statistics.median(loads) * recipe.accumulate,
+            "step": statistics.median(b - a for a, b in zip(ends, ends[1:])),
+            "kept": sum(x.numel() * x.element_size() for x in kept),
+            "peak": torch.cuda.max_memory_allocated() if card else 1024 *
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
+
+class Rehearsal:
+    """What a run would take, from a few pieces of it.
+
+    The `rehearse(config, plan)` of a chapter tells its plan the trainings,
+    and the long works beside them.
+    """
+
+    def __init__(self, module, config):
+        self.module, self.devices, self.rows = module, config.devices, []
+
+    def training(self, name: str, times: int, function: Callable, *args,
+                 at: int = 0) -> None:
+        """`function(*args)` up to its call of `fit` number `at`.
+
+        times: that it will be done in a run.
+        """
+        from . import training
+
+        before = []
+
+        def fit(model, loss, data, optimizer, recipe, **more):
+            if len(before) == at:
+                raise _Enough(_measured(self.devices, model, loss, data,
+                                        optimizer, recipe, **more))
+            before.append(recipe)
+            return training.fit(model, loss, data, optimizer, replace(
+                recipe, steps=1, workers=0), order=more.get("order"))
+
+        real, self.module.fit = self.module.fit, fit
+        try:
+            function(*args)
+        except _Enough as enough:
+            row = enough.args[0]
+            row["ready"] = row["load"] / max(1, row["workers"])
+            each = (max(row["step"], row["ready"]) if row["workers"]
+                    else row["step"] + row["load"])
+            self.rows.append(row | {
+                "what": name, "times": times,
+                "hours": times * row["steps"] * each / 3600})
+        finally:
+            self.module.fit = real
+
+    def work(self, name: str, count: int, function: Callable,
+             some: int = 8) -> None:
+        """A work on `count` things; function(rows: range) does some of it,
+        anew each time; what it takes for one counts as its beginning.
+        """
+        seconds, some = [], min(some, count)
+        for k in (1, 1, some):              # the first one warms up
+            begun = time.perf_counter()
+            function(range(k))
+            seconds.append(time.perf_counter() - begun)
+        each = (seconds[2] - seconds[1]) / (some - 1) if some > 1 else 0
+        each = each if each > 0 else seconds[2] / some
+        self.rows.append({"what": name, "times": count, "step": each,
+                          "hours": count * each / self.devices / 3600})
+
+    def late(self) -> list[str]:
+        """What to raise where loading cannot keep up with the steps."""
+        found = []
+        for row in self.rows:
+            if row.get("ready", 0) > (1.1 if row.get("workers") else 0.1) * \
+                    row["step"]:
+                n = math.ceil(1.2 * row["load"] / row["step"])
+                cores, more = os.cpu_count() or 1, ""
+                if n * self.devices > cores:
+                    more = (f"; {self.devices} devices then want "
+                            f"{n * self.devices} cores, and here are {cores}")
+                found.append(
+                    f"{row['what']}: with workers={row['workers']} a batch "
+                    f"is loaded in {row['ready']:.3g} s, and a step takes "
+                    f"{row['step']:.3g} s; raise workers (--set workers={n})"
+                    + more)
+        return found
+
+# %% ../nbs/foundations/cli.ipynb #dry_run
+def _hours(hours: float) -> str:
+    return (f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+            if hours > 1 / 60 else f"{3600 * hours:.2g} s")
+
+
+def dry_run(chapter: str, config) -> None:
+    """What preset full would find, do and take; see `Rehearsal`.
+
+    Raises UserError where loading would keep the devices waiting.
+    """
+    module = chapter_module(chapter)
+    if config.preset_name != "full":
+        raise UserError("--dry-run: it measures runs on a copy of the data; "
+                        "add --preset full and --data-root")
+    module.check_full(config)
+    typer.echo(str(module.check_data(config.data_root)))
+    if not hasattr(module, "rehearse"):
+        typer.echo(f"{chapter}: it can start; its steps are not measured")
+        return
+    plan = Rehearsal(module, config)
+    module.rehearse(config, plan)
+    gigabytes = lambda n: f"{n / 1e9:.2g} GB"
+    seconds = lambda x: f"{x:.3g} s"
+    _say_table(
+        ("what", "times", "samples", "steps", "batch", "weights to moments",
+         "memory", "a batch loads in", "a step takes", "in all"),
+        [(row["what"], f"{row['times']:,}", f"{row['samples']:,}",
+          f"{row['steps']:,}", f"{row['batch']:,}", gigabytes(row["kept"]),
+          gigabytes(row["peak"]),
+          f"{seconds(row['load'])} / {row['workers']}" if row["workers"]
+          else seconds(row["load"]), seconds(row["step"]),
+          _hours(row["hours"])) if "steps" in row else
+         (row["what"], f"{row['times']:,}", *[""] * 6, seconds(row["step"]),
+          _hours(row["hours"])) for row in plan.rows],
+        title=f"{chapter}: of {config.devices} devices as this one, "
+              f"{device_name()}")
+    typer.echo(f"in all {_hours(sum(row['hours'] for row in plan.rows))}; "
+               "tests, checkpoints and what processes send each other come "
+               "on top")
+    if late := plan.late():
+        raise UserError("; ".join(late))
+
 # %% ../nbs/foundations/cli.ipynb #run
 def _folder(chapter, preset, out_dir, resume) -> Path:
     folder = Path(out_dir or Path("runs") / f"{chapter}-{preset}").resolve()
@@ -381,7 +566,9 @@ def run(chapters: Annotated[list[str], typer.Argument(
             metavar="CHAPTER…", help="facebook-nb list names them.")],
         preset: Preset = "book", data_root: DataRoot = None, seed: Seed = 0,
         devices: Devices = 1, out_dir: OutDir = None, set_: Set = None,
-        resume: Resume = False):
+        resume: Resume = False, only_tell: Annotated[bool, typer.Option(
+            "--dry-run", help="Only tell what preset full would find and "
+            "take, measured on a few steps.")] = False):
     """Execute chapters through papermill, and show what they measured."""
     root = book_root()
     overrides = _overrides(set_)
@@ -389,6 +576,11 @@ def run(chapters: Annotated[list[str], typer.Argument(
         notebook = chapter_notebook(chapter, root)
         if not is_written(notebook):
             raise UserError(f"{chapter}: this chapter is not written yet")
+        if only_tell:
+            dry_run(chapter, chapter_module(chapter).Config.preset(
+                preset, devices=devices, seed=seed, data_root=data_root
+                and data_root.resolve(), **overrides))
+            continue
         place = out_dir and (
             out_dir / chapter if len(chapters) > 1 else out_dir)
         folder = _folder(chapter, preset, place, resume)

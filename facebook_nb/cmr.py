@@ -9,8 +9,8 @@ __all__ = ['ROWS', 'DEPTHS', 'MEAN', 'STD', 'CLASSES', 'WORLDS', 'MIRRORED', 'RO
            'build', 'train', 'weights_of', 'loaded', 'world_clips', 'first_stage', 'second_stage', 'motion_maps',
            'inside', 'rank_at', 'measured', 'single_frame_probe', 'as_released', 'benchmark', 'timings', 'views',
            'in_colour', 'consensus', 'VideoBatches', 'find_data', 'check_data', 'missing', 'check_full', 'ClipViews',
-           'score_videos', 'train_videos', 'claims', 'mechanism', 'leave_weights', 'run', 'run_sweeps', 'run_swells',
-           'overlay', 'load_network', 'apply', 'cost', 'from_official', 'load_official']
+           'score_videos', 'train_videos', 'rehearse', 'claims', 'mechanism', 'leave_weights', 'run', 'run_sweeps',
+           'run_swells', 'overlay', 'load_network', 'apply', 'cost', 'from_official', 'load_official']
 
 # %% ../nbs/chapters/cmr.ipynb #imports
 import functools
@@ -33,7 +33,7 @@ from .files import (
     DataCheck, UserError, load_strict, progress, read_about, read_metadata,
     read_weights, write_image, write_weights)
 from .inputs import apply_each
-from .processes import gather_rows, share
+from .processes import in_parts
 from .readers.video import (
     ClipList, clip_indices, draw_crop, open_clip, read_kinetics, read_list,
     read_something, resize, segment_indices)
@@ -547,8 +547,8 @@ def to_input(clips: Tensor) -> Tensor:
 class ClipBatches:
     """Training clips of the world for `fit`: segment draws and small moves.
 
-    frames: (N, F, H, W, 3) uint8. A batch is (clips as `to_input` gives
-    them, (B,) labels); it is drawn with torch's global generator.
+    frames: (N, F, H, W, 3) uint8. A batch is (clips (B, T, H, W, 3) uint8,
+    (B,) labels); it is drawn with torch's global generator.
     """
 
     def __init__(self, frames, labels, T: int, move: int):
@@ -568,7 +568,7 @@ class ClipBatches:
                 zip(self.frames.shape[2:4], moves))
         clips = self.frames[index[:, None, None, None], t[:, :, None, None],
                             y[:, None, :, None], x[:, None, None]]
-        return to_input(clips), self.labels[index]
+        return clips, self.labels[index]
 
 # %% ../nbs/chapters/cmr.ipynb #predict
 @torch.no_grad()
@@ -642,7 +642,9 @@ def train(config: Config, network: Network, clips, seed: int,
         batch_size=config.batch_size, clip_norm=20, channels_last=True,
         precision=config.precision, workers=config.workers,
         checkpoint_every=per_epoch if folder else None)
-    loss = lambda net, batch, step: F.cross_entropy(net(batch[0]), batch[1])
+    # bytes travel to the device, and become floats there
+    loss = lambda net, batch, step: F.cross_entropy(
+        net(to_input(batch[0])), batch[1])
     return fit(network, loss, clips, optimizer, recipe, schedule=schedule,
                folder=folder)
 
@@ -985,7 +987,8 @@ MIRRORED = {86: 87, 87: 86, 93: 94, 94: 93, 166: 167, 167: 166}
 class VideoBatches:
     """Training clips from disk: segment draws, multi-scale crops, flips.
 
-    A flip (`config.flip`) of Something-Something changes MIRRORED labels.
+    A sample is (clip (T, S, S, 3) uint8, label). A flip (`config.flip`) of
+    Something-Something changes MIRRORED labels.
     """
 
     def __init__(self, found: ClipList, config: Config):
@@ -1009,7 +1012,7 @@ class VideoBatches:
         if self.flip and rng.random() < 0.5:
             frames = frames[:, :, ::-1].copy()
             label = self.relabel.get(label, label)
-        return to_input(torch.from_numpy(frames)[None])[0], label
+        return torch.from_numpy(np.ascontiguousarray(frames)), label
 
 # %% ../nbs/chapters/cmr.ipynb #find_data
 def find_data(root, kind: str) -> tuple[ClipList, ClipList]:
@@ -1102,19 +1105,29 @@ class ClipViews:
 
 
 @torch.no_grad()
-def score_videos(network: Network, clips: ClipViews, workers: int = 0) -> dict:
-    """Top-1 and top-5 over all clips, which the processes share."""
+def score_videos(network: Network, clips: ClipViews, config: Config,
+                 folder: Path | None = None) -> dict:
+    """Top-1 and top-5 over all clips; see `in_parts`."""
     network.eval()
-    mine = torch.utils.data.Subset(clips, share(len(clips)))
-    loader = torch.utils.data.DataLoader(mine, None, num_workers=workers)
-    device, ranks = network.fc.weight.device, []
-    for seen, label in progress(loader, len(mine), "test"):
-        logits = torch.cat([network(to_input(part.to(device))).float().cpu()
-                            for part in seen.split(10)])
-        order = consensus(logits).argsort(descending=True)
-        ranks.append((order == label).nonzero().item())
-    ranks = gather_rows(np.array(ranks, np.int64))
-    return {"top-1": (ranks < 1).mean(), "top-5": (ranks < 5).mean()}
+    device = network.fc.weight.device
+    mixed = torch.autocast(device.type, torch.bfloat16,
+                           enabled=config.precision == "bf16")
+
+    def places(rows) -> np.ndarray:
+        """The place of the label among the answers, from 0."""
+        found = []
+        for seen, label in torch.utils.data.DataLoader(
+                torch.utils.data.Subset(clips, rows), None,
+                num_workers=config.workers):
+            with mixed:
+                logits = torch.cat([network(to_input(part.to(device))).float()
+                                    for part in seen.split(10)])
+            order = consensus(logits).argsort(descending=True)
+            found.append((order == label).int().argmax())
+        return torch.stack(found).cpu().numpy()
+
+    at = in_parts(len(clips), places, folder, 1024, "test")
+    return {"top-1": (at < 1).mean(), "top-5": (at < 5).mean()}
 
 
 def train_videos(config: Config, row: str, seed: int, folder: Path) -> dict:
@@ -1124,8 +1137,15 @@ def train_videos(config: Config, row: str, seed: int, folder: Path) -> dict:
     network = build(config, row, len(found.classes))
     history = train(config, network, VideoBatches(found, config), seed,
                     config.steps, config.rate, folder)
-    scores = score_videos(network, ClipViews(test, config), config.workers)
+    scores = score_videos(network, ClipViews(test, config), config,
+                          folder / "test")
     return {**scores, "loss": history.losses["loss"], **weights_of(network)}
+
+
+def rehearse(config: Config, plan) -> None:
+    """The trainings of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
+    plan.training("a row", len(config.rows) * config.n_seeds, train_videos,
+                  config, config.rows[-1], config.seed, None)
 
 # %% ../nbs/chapters/cmr.ipynb #claims
 ROLES = {"TIM": "baseline", "single frames": "trivial", "TSN": "trivial"}

@@ -11,8 +11,8 @@ __all__ = ['RIDGE', 'POOLED', 'RANDOM', 'TRUE', 'ONCE', 'OURS', 'ROWS', 'ABLATIO
            'judge_claim', 'checks', 'Collection', 'depth_side', 'drawn_sites', 'world_sets', 'look_at', 'predict',
            'find_domains', 'reestimate', 'train', 'probe_accuracy', 'clustering_scores', 'one_run', 'ridge_run',
            'measure', 'ship', 'read_depth', 'face_template', 'read_collection', 'video_scores', 'check_full',
-           'one_protocol', 'run_protocols', 'run', 'load_detector', 'verdict_picture', 'judge_item', 'apply',
-           'rephotograph', 'try_on', 'RFMExtractor', 'RFMDepth', 'RFMEmbedder', 'load_official', 'check_data']
+           'one_protocol', 'rehearse', 'run_protocols', 'run', 'load_detector', 'verdict_picture', 'judge_item',
+           'apply', 'rephotograph', 'try_on', 'RFMExtractor', 'RFMDepth', 'RFMEmbedder', 'load_official', 'check_data']
 
 # %% ../nbs/chapters/d2am.ipynb #imports
 import functools
@@ -39,7 +39,7 @@ from facebook_nb.files import (
 from .inputs import Item, apply_each, is_grey, tell
 from .metrics.verification import auc
 from .models.recognisers import crop_faces, dlib_installed
-from .processes import is_main
+from .processes import ask_first, is_main
 from .readers.spoof import (
     PROTOCOLS, Found, Listing, check_spoof, load_pictures, protocol)
 from .training import Processes, Recipe, cosine, fit
@@ -77,9 +77,9 @@ class Config(Settings):
     network: Literal["small", "rfm"] = "small"  # "rfm": the paper's size
     protocols: tuple[str, ...] = ()  # of readers.spoof.PROTOCOLS
     rows: tuple[str, ...] = ()      # of ROWS and ABLATIONS; (): all
-    precision: str = "no"           # "bf16" on a GPU
+    precision: Literal["no", "bf16"] = "no"
     cut: bool = False               # recompute E: a third of the memory
-    workers: int = 0
+    workers: int = 0                # that read pictures
 
     CHAPTER: ClassVar[str] = "d2am"
     PRESETS: ClassVar = {
@@ -90,7 +90,7 @@ class Config(Settings):
         "full": {"side": 256, "network": "rfm", "epochs": 30, "batch": 10,
                  "epoch_steps": 288, "rate": 1e-3, "alpha": 1e-3,
                  "norm": "domain", "decay": False, "n_seeds": 1, "cut": True,
-                 "rows": ("D2AM",),
+                 "rows": ("D2AM",), "precision": "bf16", "workers": 8,
                  "protocols": tuple(PROTOCOLS)[:4]}}
 
 # %% ../nbs/chapters/d2am.ipynb #six_channels
@@ -999,8 +999,9 @@ def train(config: Config, row: Row, data: Collection, seed: int,
     size, domain, curve = K * 2 * b * ranks, None, []
     for epoch in range(config.epochs):
         net.eval()
-        domain = find_domains(net, row, data, K, epoch, seed, domain, device,
-                              capacity)
+        # once: processes could differ in the last bit, and so in clusters
+        domain = ask_first(find_domains, net, row, data, K, epoch, seed,
+                           domain, device, capacity)
         if watch:
             watch(epoch, net, domain)
         rows = epoch_rows(domain, data.live, K, b,
@@ -1185,7 +1186,7 @@ def read_collection(config: Config, listings: Mapping[str, Listing],
     """
     d, parts, videos, first = depth_side(config), [], [], 0
     for site, s in enumerate(listings.values()):
-        x, rows = load_pictures(s, config.side, frames)
+        x, rows = load_pictures(s, config.side, frames, config.workers)
         if not len(x):
             raise UserError(f"{s.name}: not one picture could be read: "
                             f"{s.problems}")
@@ -1274,6 +1275,25 @@ def one_protocol(config: Config, name: str, row: Row, seed: int,
         "test live": live, "trace": np.array(trace), "curve": curve} | {
             f"weights/{k}": v.cpu() for k, v in net.state_dict().items()} | {
             "weights/threshold": equal_error(p, dev.live.numpy())}
+
+
+def rehearse(config: Config, plan) -> None:
+    """The works of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
+    names, rows = [*check_full(config)], config.rows or (*ROWS,)
+    sources, target = protocol(names[0], check_spoof(
+        config.data_root, 0).sets)
+    times = len(names) * len(rows) * config.n_seeds
+    few = lambda s, n: s.select(np.linspace(0, len(s) - 1, min(
+        n, len(s))).astype(int))
+    some = {k: few(s, 64) for k, s in sources.items()}
+    one = next(iter(sources.values()))
+    plan.work("reading a face", times * (2 * len(target) + sum(
+        map(len, sources.values()))), lambda rows: load_pictures(
+            few(one, len(rows)), config.side, 1, config.workers),
+            min(64, len(one)))
+    plan.training("an epoch", times * config.epochs, train, config,
+                  (ROWS | ABLATIONS)[rows[0]],
+                  read_collection(config, some, 1)[0], config.seed)
 
 
 def run_protocols(config: Config) -> Report:

@@ -8,7 +8,7 @@ __all__ = ['ROWS', 'WORLDS', 'GATES', 'MEAN', 'STD', 'REPLACED', 'SMALLEST', 'CL
            'score_maps', 'DMF', 'episode_loss', 'fixed_episodes', 'Episodes', 'quarter_turns', 'scenes', 'world_splits',
            'ProtoNet', 'CrossAttention', 'build', 'authors_rate', 'normalised', 'augmented', 'taps', 'share_on_map',
            'pretrain', 'load_row', 'train_row', 'features', 'evaluate', 'test_row', 'test_pixels', 'replaced', 'judge',
-           'check_data', 'check_full', 'run', 'restore', 'place_scores', 'whole', 'apply', 'literal_scores',
+           'check_data', 'check_full', 'rehearse', 'run', 'restore', 'place_scores', 'whole', 'apply', 'literal_scores',
            'benchmark', 'load_official']
 
 # %% ../nbs/chapters/dmf.ipynb #imports
@@ -38,7 +38,7 @@ from .models.backbones import Conv4, ResNet12
 from .readers.fewshot import (
     Split, check_splits, find_data, fitted, read_splits, resized)
 from .seeding import generator, seed_everything
-from .training import Recipe, fit
+from .training import Processes, Recipe, fit
 from .worlds.glyphs import part_objects, stroke_glyphs
 
 # %% ../nbs/chapters/dmf.ipynb #ROWS
@@ -100,6 +100,7 @@ class Config(Settings):
     test_episodes: int = 2000
     test_queries: int = 6       # of a class; the authors' test asks 15
     precision: Literal["no", "bf16"] = "no"
+    workers: int = 0            # that read pictures
     checkpoint_every: int = 1000        # steps
 
     CHAPTER: ClassVar[str] = "dmf"
@@ -116,7 +117,7 @@ class Config(Settings):
                  "kernel": 5, "spread": 1.0, "queries": 6, "episodes": 4,
                  "pretrain": 0, "steps": 28500, "warm": 1500, "rate": 0.35,
                  "optimiser": "sgd", "augment": True, "test_queries": 15,
-                 "precision": "bf16"}}
+                 "precision": "bf16", "workers": 8}}
 
 # %% ../nbs/chapters/dmf.ipynb #class_maps
 def class_maps(support: Tensor, labels: Tensor) -> Tensor:
@@ -127,7 +128,8 @@ def class_maps(support: Tensor, labels: Tensor) -> Tensor:
     """
     one_hot = F.one_hot(labels) if labels.ndim == 2 else labels
     count = one_hot.sum(1, keepdim=True)
-    if not (count > 0).all():
+    # one-hot labels on a GPU are trusted: a look would wait for the device
+    if (labels.ndim == 2 or labels.is_cpu) and not (count > 0).all():
         empty = (count == 0).nonzero()[0, 2].item()
         raise UserError(f"support: no picture of class {empty}; number the "
                         "classes of an episode from 0, without gaps")
@@ -734,6 +736,7 @@ def _fit(config: Config, model, loss, data, steps, batch, seed, folder,
     keep = config.checkpoint_every
     recipe = Recipe(steps=steps, batch_size=batch, seed=seed,
                     precision=config.precision, checkpoint_every=keep,
+                    workers=config.workers,
                     evaluate_every=max(1, steps // 8),
                     channels_last=True)         # faster, on a CPU as well
     rate = lambda done: authors_rate(
@@ -807,7 +810,8 @@ def train_row(config: Config, world: str, seed: int, options: Mapping,
 
     def loss(model, batch, step):
         support, query, labels, truth, pids = batch
-        scores, maps = model(ready(support), ready(query), labels)
+        scores, maps = model(ready(support), ready(query),
+                             F.one_hot(labels, config.way))
         found = episode_loss(scores, maps, pids.flatten(), truth.flatten())
         return found | ({"loss": found["few"]} if "few_only" in options
                         else {})
@@ -878,6 +882,7 @@ def test_row(config: Config, world: str, seed: int, options: Mapping,
              weights: Mapping) -> dict:
     """`evaluate` of a trained row on the novel classes of a world."""
     model = load_row(config, world, seed, options, weights)
+    model.to(Processes().device)
     return evaluate(model, world_splits(config, world, seed)[1],
                     config.shots, config.way, config.test_episodes,
                     config.test_queries)
@@ -919,6 +924,7 @@ def replaced(config: Config, world: str, seed: int, options: Mapping,
     class's", and those of REPLACED.
     """
     model = load_row(config, world, seed, options, weights)
+    model.to(Processes().device)
     split = world_splits(config, world, seed)[1]
     maps = features(model, split)
     episodes = fixed_episodes(split.labels, max(1, config.test_episodes // 2),
@@ -926,7 +932,7 @@ def replaced(config: Config, world: str, seed: int, options: Mapping,
     truth = torch.arange(config.way).repeat_interleave(config.test_queries)
     found: dict[str, list] = {}
     for s, q in zip(*map(torch.from_numpy, episodes)):
-        s, x = maps[s][None], maps[q][None]
+        s, x = maps[s][None].float(), maps[q][None].float()
         z = model.dw_gen(x, s)
         gates = {"as trained": z, "no gate": None,
                  "another class's": z.roll(1, 1)}
@@ -1045,6 +1051,17 @@ def check_full(config: Config) -> list[tuple[str, int, str]]:
                 config.few_rows if place < config.few_seeds else ()))
                 if world == worlds[0] else
                 config.other_rows[:99 if place < config.other_seeds else 0])]
+
+
+def rehearse(config: Config, plan) -> None:
+    """The trainings of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
+    jobs = check_full(config)
+    world, seed, row = jobs[-1]
+    if config.pretrain:
+        plan.training("pretraining", len({job[:2] for job in jobs}), pretrain,
+                      config, world, seed)
+    plan.training("a row", len(jobs), train_row, config, world, seed,
+                  ROWS[row], {})
 
 
 def run(config: Config) -> Report:

@@ -40,6 +40,13 @@ class UserError(ValueError):
     The message is one line: the file or field, what is wrong, and the fix.
     """
 
+    def __init__(self, *args):
+        # torch's loaders pass a worker's error on inside its traceback
+        if args and "\nOriginal Traceback" in str(args[0]):
+            last = str(args[0]).strip().splitlines()[-1]
+            args = last.partition(": ")[2],
+        super().__init__(*args)
+
 # %% ../nbs/foundations/files.ipynb #write_atomic
 _DISK = {errno.ENOSPC: "the disk is full",
          errno.EDQUOT: "the quota is used up",

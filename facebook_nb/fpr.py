@@ -15,7 +15,7 @@ __all__ = ['PENALTIES', 'BASES', 'SIDE', 'OURS', 'MATCHED', 'PAPER', 'PAPER_MATC
            'false_positives', 'HeadSettings', 'PenaltyStats', 'penalised_logits', 'penalised_loss', 'gather_rows',
            'check_batch', 'FPRHead', 'split_cross_entropy', 'benchmark', 'OfficialHead', 'load_official', 'find_parts',
            'look_through', 'check_full', 'check_data', 'TrainingFaces', 'FullLoss', 'train_full', 'embed_shared',
-           'evaluate_full', 'run_full']
+           'evaluate_full', 'rehearse', 'run_full']
 
 # %% ../nbs/chapters/fpr.ipynb #imports
 import csv
@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -48,8 +48,7 @@ from .metrics.verification import (
 from .models.backbones import IR_BLOCKS, IRNet
 from .models.recognisers import (
     align, crop_faces, dlib_installed, five_points)
-from .processes import (
-    everyone, gather_rows as rows_of_all, is_main, join, share)
+from .processes import in_parts, in_workers, is_main, join
 from facebook_nb.readers.faces import (
     FacePairs, Faces, Files, ReadReport, check, read_bfw, read_faces,
     read_rfw)
@@ -89,6 +88,7 @@ class Config(Settings):
     rows: tuple[str, ...] = ()          # that `full` trains; (): its three
     epochs: int = 45
     workers: int = 0                    # that decode images
+    precision: Literal["no", "bf16"] = "no"
 
     CHAPTER = "fpr"
     PRESETS = {
@@ -100,7 +100,7 @@ class Config(Settings):
         "book": {},
         "full": {"network": "ir34", "n_seeds": 1, "batch_size": 512,
                  "s": 64.0, "m": 0.35, "m_arc": 0.5, "r_u": 1e-4,
-                 "workers": 8}}
+                 "workers": 8, "precision": "bf16"}}
 
     def __post_init__(self):
         if len(self.people) != len(self.steps) or not self.people:
@@ -956,34 +956,43 @@ class Embedded(NamedTuple):
     lost: list
 
 
+def _aligned(faces: Faces, size: int, rows) -> tuple:
+    """Crops of some pictures, how the face of each was found, errors."""
+    crops, how, errors = [], {}, {}
+    for i in rows:
+        try:
+            image = faces.load(i)
+        except UserError as error:
+            errors[i] = str(error)
+            continue
+        aligned = image.shape[:2] == (112, 112)
+        crop = crop_faces([image], "dlib_arcface112", size,
+                          detect=not aligned)
+        how[i] = "given aligned" if aligned else (
+            "found" if crop.found[0] else "not found"
+            if dlib_installed() else "not looked for")
+        crops.append(crop.images)
+    return crops, how, errors
+
+
 def embed_pictures(faces: Faces, network, size: int, device="cpu",
-                   rows=None) -> Embedded:
+                   rows=None, workers: int = 0) -> Embedded:
     """Unit embeddings of faces, of `rows` alone where they are given.
 
     A picture of 112×112 pixels is taken as aligned; in others the largest
-    face is looked for.
+    face is looked for. workers: that read pictures ahead.
     """
     rows = range(len(faces)) if rows is None else rows
     errors, parts, seen, lost = {}, [], {}, []
     network = network.to(device).eval()
-    for a in progress(range(0, len(rows), 64), label="embedding"):
-        good, crops = [], []
-        for i in rows[a:a + 64]:
-            try:
-                image = faces.load(i)
-            except UserError as error:
-                errors[i] = str(error)
-                continue
-            aligned = image.shape[:2] == (112, 112)
-            crop = crop_faces([image], "dlib_arcface112", size,
-                              detect=not aligned)
-            how = "given aligned" if aligned else (
-                "found" if crop.found[0] else "not found"
-                if dlib_installed() else "not looked for")
-            lost += [i] if how == "not found" else []
-            seen[how] = seen.get(how, 0) + 1
-            crops.append(crop.images)
-            good.append(i - rows[0])
+    some = [rows[a:a + 64] for a in range(0, len(rows), 64)]
+    for crops, how, bad in progress(in_workers(functools.partial(
+            _aligned, faces, size), some, workers), len(some), "embedding"):
+        errors |= bad
+        good = [i - rows[0] for i in how]
+        lost += [i for i, text in how.items() if text == "not found"]
+        for text in how.values():
+            seen[text] = seen.get(text, 0) + 1
         if good:
             x = torch.cat(crops).clamp(0, 1).to(device) * 2 - 1
             with torch.no_grad():           # and the mirror image
@@ -1255,7 +1264,8 @@ def false_positives(c: Tensor, t: Tensor, penalty: Penalty, n: int,
         min(most, v.numel()))
     top = torch.cat(_gather(group, F.pad(
         v, (0, most - len(v)), value=EXCLUDED)))
-    T_u = (top if group is None else top.topk(most).values)[k.clamp_min(1) - 1]
+    T_u = (top if group is None else top.topk(most).values).gather(
+        0, k.clamp_min(1)[None] - 1)[0]     # [k] would wait for the device
     T_u = torch.where(k > 0, T_u, torch.nan)
     return FalsePositives(
         row[at // length], column.flatten()[at].clamp_max(c.shape[1] - 1), v,
@@ -1900,32 +1910,35 @@ def train_full(config: Config, train: str, row: str, extra=None,
     net["head"] = FPRHead(512, len(faces.people), config.s, how.m, how.base,
                           how.penalty, sharded=group.count > 1)
     each = -(-len(faces) // config.batch_size)
-    cuda = group.device.type == "cuda"
     history = fit(
         net, FullLoss(how.m, extra), TrainingFaces(faces), torch.optim.SGD(
             net.parameters(), config.rate, 0.9, weight_decay=5e-4),
         Recipe(config.epochs * each, config.batch_size, seed=config.seed,
                workers=config.workers, checkpoint_every=each,
-               channels_last=cuda, precision="bf16" if cuda else "no"),
+               channels_last=group.device.type == "cuda",
+               precision=config.precision),
         schedule=milestones(20 / 45, 32 / 45, 36 / 45), folder=folder,
         sharded=net["head"] if group.count > 1 else None)
     return {"extra": np.array(history.losses["extra"])} | {
         f"net.{k}": v.cpu() for k, v in net["net"].state_dict().items()}
 
 # %% ../nbs/chapters/fpr.ipynb #evaluate_full
-def embed_shared(faces: Faces, network, device, name: str) -> Tensor:
-    """Embeddings of all faces, a share made by each process."""
-    mine = embed_pictures(faces, network, 112, device, share(len(faces)))
-    errors = {k: v for part in everyone(mine.errors)
-              for k, v in part.items()}
-    if errors:
-        raise UserError(f"{name}: {len(errors)} pictures cannot be read, the "
-                        f"first: {next(iter(errors.values()))}")
-    return rows_of_all(mine.e)
+def embed_shared(faces: Faces, network, device, name: str, workers: int = 0,
+                 folder=None) -> Tensor:
+    """Embeddings of all faces; see `in_parts`."""
+    def some(rows) -> np.ndarray:
+        found = embed_pictures(faces, network, 112, device, rows, workers)
+        if found.errors:
+            raise UserError(f"{name}: {len(found.errors)} pictures cannot be "
+                            "read, the first: "
+                            f"{next(iter(found.errors.values()))}")
+        return found.e.numpy()
+
+    return torch.from_numpy(in_parts(len(faces), some, folder, 8192))
 
 
 def evaluate_full(config: Config, rfw: str, bfw: str | None,
-                  weights: dict) -> dict:
+                  weights: dict, folder=None) -> dict:
     """Metrics on RFW, and on BFW where it is given."""
     network = NETWORKS[config.network]()
     load_strict(network, {k: torch.as_tensor(v) for k, v in weights.items()})
@@ -1934,7 +1947,8 @@ def evaluate_full(config: Config, rfw: str, bfw: str | None,
         if path is None:
             continue
         listed = read(path)
-        e = embed_shared(listed.faces, network, device, name)
+        e = embed_shared(listed.faces, network, device, name, config.workers,
+                         folder and folder / name)
         s = (e[listed.pairs[:, 0]] * e[listed.pairs[:, 1]]).sum(1).numpy()
         r = group_rates(s, listed.same, listed.groups, report_rate(
             int((~listed.same & (listed.groups != "")).sum())))
@@ -1950,6 +1964,16 @@ def evaluate_full(config: Config, rfw: str, bfw: str | None,
     return found
 
 # %% ../nbs/chapters/fpr.ipynb #run_full
+def rehearse(config: Config, plan) -> None:
+    """The trainings of preset full; plan: a `facebook_nb.cli.Rehearsal`.
+
+    One process holds all classes, where several would split them.
+    """
+    rows = config.rows or (OURS, "CosFace", MATCHED)
+    plan.training("a row", len(rows), train_full, config,
+                  str(check_full(config)["train"]), rows[0])
+
+
 def run_full(config: Config) -> Report:
     """The paper's training and tests on stored data: preset `full`."""
     join()

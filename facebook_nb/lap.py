@@ -12,9 +12,9 @@ __all__ = ['NETWORKS', 'UNSUP3D', 'FIELD', 'WALL', 'STUDIO', 'THEN', 'ROWS', 'CH
            'supervised_loss', 'train_stage', 'late_cosine', 'Best', 'check_rows', 'train_row', 'refine', 'gain_error',
            'errors', 'averaged', 'measure', 'measure_fit', 'front', 'constant', 'people_of', 'row_step', 'refine_step',
            'test_step', 'floor_step', 'fit_step', 'mechanism', 'run', 'judge', 'figure_step', 'save_model',
-           'load_model', 'photo_sets', 'measure_rendered', 'photos_step', 'rendered_step', 'check_full', 'fine_points',
-           'face_mesh', 'unwrap', 'write_mesh', 'turntable', 'write_film', 'frame_face', 'reconstruct', 'apply',
-           'check_data']
+           'load_model', 'photo_sets', 'measure_rendered', 'photos_step', 'rendered_step', 'check_full', 'rehearse',
+           'fine_points', 'face_mesh', 'unwrap', 'write_mesh', 'turntable', 'write_film', 'frame_face', 'reconstruct',
+           'apply', 'check_data']
 
 # %% ../nbs/chapters/lap.ipynb #imports
 import math
@@ -37,9 +37,10 @@ from .files import (
     DataCheck, UserError, load_strict, plumbing, progress, read_metadata,
     read_weights, write_atomic, write_image, write_weights)
 from .inputs import Item, expand, listed, tell, write_rows
+from .processes import in_parts, in_workers
 from .readers.photosets import (
     PhotoSets, celeba_sets, depth_pairs, folder_sets)
-from .training import Recipe, fit
+from .training import Processes, Recipe, fit
 from .worlds.faces import (
     render_faces, sample_people, sample_photos)
 
@@ -1630,20 +1631,30 @@ def _rendered(root) -> Path | None:
 
 
 @torch.no_grad()
-def measure_rendered(model: LAP, pairs) -> dict[str, float]:
-    """SIDE (x 100) and MAD, exact and published, of single pictures."""
-    found = {"side": [], "mad": [], "mad_published": []}
+def measure_rendered(model: LAP, pairs, workers: int = 0, folder=None
+                     ) -> dict[str, float]:
+    """SIDE (x 100) and MAD, exact and published, of single pictures.
+
+    workers: that read them; the processes share them, see `in_parts`.
+    """
+    model = model.to(Processes().device)
     device = next(model.parameters()).device
-    for image, g, mask in progress(pairs, label="test"):
-        x, g = image[None].to(device), g[None].to(device)
-        raw, albedo = model.face(x[:, None])
-        made = form(canonical_depth(raw), albedo, read_light(model.netL(x)),
-                    read_view(model.netV(x)))
-        m = erode(mask[None].to(device)) & erode(made.depth < 1.2)
-        found["side"].append(100 * side(made.depth, g, m))
-        found["mad"].append(mad(made.depth, g, m))
-        found["mad_published"].append(mad(made.depth, g, m, exact=False))
-    return {k: float(torch.cat(v).double().mean()) for k, v in found.items()}
+
+    def some(rows) -> np.ndarray:
+        found = []
+        for image, g, mask in in_workers(pairs.__getitem__, rows, workers):
+            x, g = image[None].to(device), g[None].to(device)
+            raw, albedo = model.face(x[:, None])
+            made = form(canonical_depth(raw), albedo,
+                        read_light(model.netL(x)), read_view(model.netV(x)))
+            m = erode(mask[None].to(device)) & erode(made.depth < 1.2)
+            found.append(torch.cat([
+                100 * side(made.depth, g, m), mad(made.depth, g, m),
+                mad(made.depth, g, m, exact=False)]).double())
+        return torch.stack(found).cpu().numpy()
+
+    mean = in_parts(len(pairs), some, folder, 512, "test").mean(0)
+    return dict(zip(("side", "mad", "mad_published"), mean.tolist()))
 
 # %% ../nbs/chapters/lap.ipynb #run_on_photos
 PHOTOS = {          # with nothing given: the paper's order of training
@@ -1669,10 +1680,11 @@ def photos_step(config: Config, seed: int, stage: str, start: Mapping,
     return _packed(model.cpu()) | {"image": float(np.mean(off)) / 2}
 
 
-def rendered_step(config: Config, weights: Mapping) -> dict:
+def rendered_step(config: Config, weights: Mapping, folder=None) -> dict:
     """Errors on the rendered faces beside data_root."""
     return measure_rendered(_model(config, {}, weights), depth_pairs(
-        _rendered(config.data_root), size=config.size))
+        _rendered(config.data_root), size=config.size), config.workers,
+        folder)
 
 
 def check_full(config: Config) -> None:
@@ -1693,6 +1705,13 @@ def check_full(config: Config) -> None:
         lacks.append(str(error))
     if lacks:
         raise UserError("lap: this run needs " + "; and ".join(lacks))
+
+
+def rehearse(config: Config, plan) -> None:
+    """The trainings of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
+    for stage, settling in (("single", 1), ("sets", 0), ("refine", 0)):
+        plan.training(stage, config.n_seeds, photos_step, config, config.seed,
+                      stage, {}, at=settling)
 
 
 def _run_on_photos(config: Config) -> Report:

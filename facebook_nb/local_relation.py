@@ -11,17 +11,18 @@ __all__ = ['SCALES', 'RIDGE', 'MASK_ROW', 'FULL', 'POOLED', 'NO_TARGET', 'COLOUR
            'faces_of_people', 'compressed', 'make_data', 'Pairs', 'build', 'train_network', 'examine', 'truth',
            'one_run', 'cell_statistics', 'ridge_run', 'last_network', 'last_weights', 'by_video', 'measures',
            'one_manipulation', 'row_metrics', 'run_metrics', 'MBConv', 'EfficientNet', 'B4Encoder', 'Decoder',
-           'load_imagenet', 'check_full', 'cut_faces', 'FullData', 'train_full', 'test_full', 'run_full', 'run',
-           'load_official', 'load_detector', 'heat_map', 'pictures_of', 'faces_of', 'overlay', 'judge_item', 'apply',
-           'check_data']
+           'load_imagenet', 'check_full', 'cut_faces', 'FullData', 'train_full', 'test_full', 'rehearse', 'run_full',
+           'run', 'load_official', 'load_detector', 'heat_map', 'pictures_of', 'faces_of', 'overlay', 'judge_item',
+           'apply', 'check_data']
 
 # %% ../nbs/chapters/local_relation.ipynb #imports
 import functools
+import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -37,11 +38,12 @@ from .files import (
 from .inputs import Item, apply_each, is_grey, tell
 from .metrics.verification import auc, eer
 from .processes import (
-    first, gather_rows, is_main, share, wait_for_all)
+    first, in_parts, in_workers, is_main, wait_for_all)
 from .readers.forgery import (
     FaceFrames, ForgeryList, crop_all, read_deepfakebench, read_forgeries)
 from .readers.video import VideoFile, segment_indices
-from .training import Recipe, fit, milestones, one_cycle
+from .training import (
+    Processes, Recipe, fit, milestones, one_cycle)
 from .worlds.forgery import (
     MANIPULATIONS, Clips, ForgerySet, cut_square, face_square, h264, jpeg,
     make_set, photo_clips, render_clips)
@@ -71,7 +73,7 @@ class Config(Settings):
     epochs: int = 30
     backbone: Path | None = None    # EfficientNet-B4's ImageNet weights
     tests: tuple[Path, ...] = ()    # further data sets to test on
-    precision: str = "no"           # or "bf16"
+    precision: Literal["no", "bf16"] = "no"
     workers: int = 0                # that decode images
 
     CHAPTER = "local_relation"
@@ -958,7 +960,7 @@ def cut_faces(config: Config, videos: ForgeryList, name: str, split: str,
     place = folder / "faces" / name
     if not first((place / f"{split}.json").is_file()):
         skipped = crop_all(videos, place, split, config.video_frames,
-                           config.size)
+                           config.size, workers=config.workers)
         if is_main():
             (folder / f"{name}-{split}-skipped.txt").write_text(
                 "".join(f"{line}\n" for line in skipped))
@@ -969,8 +971,8 @@ def cut_faces(config: Config, videos: ForgeryList, name: str, split: str,
 class FullData:
     """Faces for training, augmented as in the community's recipe.
 
-    A batch is images and masks, uint8 tensors, and labels. Mirrored and
-    given a JPEG quality of 40 to 100, at random.
+    A batch is images and masks, uint8 tensors, and labels. Given a JPEG
+    quality of 40 to 100, at random.
     """
 
     def __init__(self, frames: FaceFrames):
@@ -984,9 +986,7 @@ class FullData:
         x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         m = torch.from_numpy(masks)[:, None]
         x = jpeg(x, 40 + 60 * torch.rand(len(x)))
-        flip = torch.rand(len(x), 1, 1, 1) < 0.5
-        return (torch.where(flip, x.flip(3), x),
-                torch.where(flip, m.flip(3), m), torch.as_tensor(label))
+        return x, m, torch.as_tensor(label)
 
     def balanced(self, seed: int):
         """epoch → order with as many real frames as forged ones."""
@@ -1018,6 +1018,8 @@ def train_full(config: Config, videos: ForgeryList, folder: Path) -> dict:
 
     def loss(net, batch, step):
         x, mask, label = batch
+        flip = (torch.rand(len(x), 1, 1, 1) < 0.5).to(x.device)
+        x, mask = (torch.where(flip, a.flip(3), a) for a in (x, mask))
         return losses(net(*views(x, alpha)), label, mask.float() / 255, grid,
                       *lam)
 
@@ -1031,24 +1033,32 @@ def train_full(config: Config, videos: ForgeryList, folder: Path) -> dict:
     return {k: v.detach().cpu() for k, v in net.state_dict().items()}
 
 
-def test_full(config: Config, weights: Mapping, videos: ForgeryList) -> dict:
+def _pictures(frames: FaceFrames, rows) -> np.ndarray:
+    return frames.batch(rows)[0]
+
+
+def test_full(config: Config, weights: Mapping, videos: ForgeryList,
+              folder: Path | None = None) -> dict:
     """Measures by frame and video: "METHOD: MEASURE" → %, METHOD or all.
 
-    The processes of a run share the frames.
+    The processes of a run share the frames; see `in_parts`.
     """
-    net = load_strict(build(config), weights)
-    net = net.to("cuda" if torch.cuda.is_available() else "cpu")
+    net = load_strict(build(config), weights).to(Processes().device)
     frames = FaceFrames(videos, config.video_frames, config.size, False)
     if len({*frames.label.tolist()}) < 2:
         raise UserError(f"{videos.layout}: {len(frames)} frames of one kind; "
                         "real and forged faces are needed, see the list of "
                         "what was skipped")
-    mine, parts = share(len(frames)), [np.zeros(0, np.float32)]
-    for k in progress(range(0, len(mine), 32), label="testing"):
-        x = torch.from_numpy(frames.batch(mine[k:k + 32])[0])
-        x = x.permute(0, 3, 1, 2)
-        parts.append(examine(net, x, config.alpha)["score"].numpy())
-    s, found = gather_rows(np.concatenate(parts)), {}
+
+    def scores(rows) -> np.ndarray:
+        some = [rows[k:k + 32] for k in range(0, len(rows), 32)]
+        return np.concatenate([examine(
+            net, torch.from_numpy(x).permute(0, 3, 1, 2),
+            config.alpha)["score"].numpy() for x in in_workers(
+                functools.partial(_pictures, frames), some, config.workers)])
+
+    s = in_parts(len(frames), scores, folder, 2048, "testing")
+    found = {}
     for method in ["all", *sorted({*frames.methods} - {"real"})]:
         at = np.isin(frames.methods, ["real", method]) | (method == "all")
         forged = frames.label[at] == 1
@@ -1058,6 +1068,36 @@ def test_full(config: Config, weights: Mapping, videos: ForgeryList) -> dict:
         for k, v in measures(video, forged[first_of]).items():
             found[f"{method}: video {k}"] = v
     return found
+
+
+def rehearse(config: Config, plan) -> None:
+    """The works of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
+    lists = check_full(config)
+    videos = lists["train"]
+    videos.videos = [v for v in videos.videos if v.method != config.held_out]
+    with tempfile.TemporaryDirectory() as place:
+        if not all(isinstance(v.frames, tuple) for v in videos.videos):
+            one = {v.label: v for v in videos.videos}
+            some = [one[k % 2] for k in range(max(2, config.workers))]
+            some = [replace(v, name=f"{v.name}-{k}")
+                    for k, v in enumerate(some)]
+            last = []
+
+            def cut(rows):
+                last[:] = [Path(tempfile.mkdtemp(dir=place))]
+                crop_all(replace(videos, videos=some[:len(rows)]), *last,
+                         "train", config.video_frames, config.size,
+                         workers=config.workers)
+
+            plan.work("cutting a film", sum(map(len, lists.values())), cut,
+                      len(some))
+            done = {v.label: v for v in read_deepfakebench(
+                last[0] / "train.json", "train").videos}
+            if len(done) < 2:
+                raise UserError(f"{videos.layout}: no face was found in "
+                                f"{one[0].name} or {one[1].name}")
+            videos.videos = [done[v.label] for v in videos.videos]
+        plan.training("the network", 1, train_full, config, videos, None)
 
 
 def run_full(config: Config) -> Report:

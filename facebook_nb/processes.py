@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LIMIT', 'MEETING', 'PARENT', 'accelerator', 'join', 'rank', 'count', 'is_main', 'wait_for_all', 'first', 'everyone',
-           'ask_first', 'share', 'gather_rows', 'end_with_parent', 'launch', 'main']
+           'ask_first', 'share', 'gather_rows', 'in_parts', 'in_workers', 'end_with_parent', 'launch', 'main']
 
 # %% ../nbs/foundations/processes.ipynb #imports
 import atexit
@@ -211,6 +211,61 @@ def gather_rows(rows):
         if end > start and whole.size:
             _spread(whole[start:end].reshape(-1).view(np.uint8), source)
     return torch.from_numpy(whole).to(rows.device) if tensor else whole
+
+# %% ../nbs/foundations/processes.ipynb #in_parts
+@plumbing
+def in_parts(n: int, work: Callable, folder=None, size: int = 256,
+             label: str = ""):
+    """The rows of a long work, shared by the processes, kept part by part.
+
+    work(rows: range) -> array of rows that depend on nothing but `rows`.
+    folder: where finished parts survive a stop, for any number of processes;
+    None: nowhere. size: of a part. Returns one array, to every process.
+    """
+    import numpy as np
+
+    from .files import progress, write_atomic
+
+    starts, done = range(0, n, size), {}
+    for start in progress(starts[rank()::count()], label=label):
+        path = folder and folder / f"{start}-{size}-{n}.npy"
+        if path and path.is_file():
+            done[start] = np.load(path)
+            continue
+        done[start] = work(range(start, min(start + size, n)))
+        if path:
+            with write_atomic(path) as part, part.open("wb") as file:
+                np.save(file, done[start])
+    done = {k: v for part in everyone(done) for k, v in part.items()}
+    return np.concatenate([done[k] for k in starts])
+
+
+class _Calls:
+    def __init__(self, function, items):
+        self.function, self.items = function, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int):
+        return self.function(self.items[i])
+
+
+def _same(thing):
+    return thing
+
+
+@plumbing
+def in_workers(function: Callable, items, workers: int = 0):
+    """`function(item)` for each item, in order, made ahead by workers.
+
+    function: from the top level of a module, or a partial of such; it may
+    return anything that can be pickled. workers: processes; 0: none.
+    """
+    from torch.utils.data import DataLoader
+
+    return DataLoader(_Calls(function, items), None, num_workers=workers,
+                      collate_fn=_same)
 
 # %% ../nbs/foundations/processes.ipynb #end_with_parent
 PARENT = "FACEBOOK_NB_PARENT"   # number of the process that starts another

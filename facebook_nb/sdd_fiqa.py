@@ -15,14 +15,14 @@ __all__ = ['DAMAGE', 'POSE', 'DISTANCES', 'OURS', 'GENUINE', 'TAIL', 'PAIRS', 'O
            'mean_similarities', 'impostor_quantile', 'pair_distances', 'Labels', 'pseudo_labels', 'load_official',
            'look_through', 'check_full', 'check_pictures', 'check_data', 'TrainingFaces', 'Rows', 'in_batches',
            'embed_all', 'official_optimizer', 'huber', 'full_loss', 'label_faces', 'train_full', 'evaluate_full',
-           'run_full']
+           'rehearse', 'run_full']
 
 # %% ../nbs/chapters/sdd_fiqa.ipynb #imports
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -77,6 +77,7 @@ class Config(Settings):
     min_images: int = 2             # people with fewer are left out
     drop_top: float = 0.0           # share of the highest labels left out
     workers: int = 0                # that decode images
+    precision: Literal["no", "bf16"] = "no"
 
     CHAPTER = "sdd_fiqa"
     PRESETS = {
@@ -87,7 +88,7 @@ class Config(Settings):
                   "shipped_steps": 20},
         "book": {},
         "full": {"network": "mfn", "batch_size": 512, "rate": 1e-4,
-                 "n_seeds": 1, "workers": 8}}
+                 "n_seeds": 1, "workers": 8, "precision": "bf16"}}
 
 # %% ../nbs/chapters/sdd_fiqa.ipynb #damage
 DAMAGE = ("blur", "noise", "occlusion", "low light", "low resolution", "JPEG")
@@ -1422,20 +1423,23 @@ def _stacked(items) -> Tensor:
 
 
 @torch.no_grad()
-def in_batches(network, faces, device, workers: int = 0, batch: int = 256,
+def in_batches(network, faces, config: Config, batch: int = 256,
                rows: range | None = None):
     """Yield (pictures (b, 112, 112, 3) uint8, what `network` gives), on the
     CPU; of `rows` alone where they are given."""
-    network.to(device).eval()
+    device = Processes().device
+    network.to(device, memory_format=torch.channels_last).eval()
     loader = torch.utils.data.DataLoader(
         Rows(faces, range(len(faces)) if rows is None else rows), batch,
-        num_workers=workers, collate_fn=_stacked)
+        num_workers=config.workers, collate_fn=_stacked)
     for x in loader:
-        y = network(shrink(x.to(device, non_blocking=True), 112))
+        with torch.autocast(device.type, torch.bfloat16,
+                            enabled=config.precision == "bf16"):
+            y = network(shrink(x.to(device, non_blocking=True), 112))
         yield x.numpy(), y.float().cpu()
 
 # %% ../nbs/chapters/sdd_fiqa.ipynb #embed_all
-def embed_all(config: Config, faces, network, device, folder: Path,
+def embed_all(config: Config, faces, network, folder: Path,
               size: int = 16_384) -> np.ndarray:
     """Embeddings of all training faces, as a memory map: (n, 512).
 
@@ -1452,7 +1456,7 @@ def embed_all(config: Config, faces, network, device, folder: Path,
         for rows in progress(todo, label="embedding"):
             if not path(rows).is_file():
                 e = torch.cat([e for _, e in in_batches(
-                    network, faces, device, config.workers, rows=rows)])
+                    network, faces, config, rows=rows)])
                 with write_atomic(path(rows)) as part, part.open("wb") as f:
                     np.save(f, e.numpy())
         wait_for_all()
@@ -1507,20 +1511,19 @@ def label_faces(config: Config, e: np.ndarray, identity) -> dict:
 def train_full(config: Config, train: str, recogniser: str, labels,
                folder=None) -> dict:
     """The quality network's weights, by the released recipe."""
-    group = Processes()
     seed_everything(config.seed)
     net = OFFICIAL[f"{config.network}_quality"]()
     start = load_official(recogniser)
     if isinstance(start, type(net)):        # the same trunk
         load_trunk(net, start.state_dict())
     data = TrainingFaces(read_faces(train), torch.as_tensor(labels))
-    each, cuda = -(-len(data) // config.batch_size), \
-        group.device.type == "cuda"
+    each = -(-len(data) // config.batch_size)
     fit(net, full_loss, data, official_optimizer(
         net.parameters(), config.rate), Recipe(
             config.epochs * each, config.batch_size, seed=config.seed,
             workers=config.workers, checkpoint_every=each,
-            channels_last=cuda, precision="bf16" if cuda else "no"),
+            channels_last=Processes().device.type == "cuda",
+            precision=config.precision),
         schedule=OFFICIAL_SCHEDULE, folder=folder)
     return {k: v.cpu() for k, v in net.state_dict().items()}
 
@@ -1532,14 +1535,14 @@ def evaluate_full(config: Config, path: str, recogniser: str, weights) -> dict:
     """
     net, test = OFFICIAL[f"{config.network}_quality"](), read_bin(path)
     load_strict(net, {k: torch.as_tensor(v) for k, v in weights.items()})
-    device, rows = Processes().device, share(len(test.faces))
+    rows = share(len(test.faces))
     e, x = [torch.empty(0, 512)], [np.empty((0, 112, 112, 3), np.uint8)]
     for pictures, part in in_batches(load_official(recogniser), test.faces,
-                                     device, rows=rows):
+                                     config, rows=rows):
         x.append(pictures)
         e.append(part)
     q = torch.cat([torch.empty(0, 1), *(q for _, q in in_batches(
-        net, test.faces, device, rows=rows))])
+        net, test.faces, config, rows=rows))])
     x, e, q = (gather_rows(a) for a in (
         np.concatenate(x), torch.cat(e), q))
     e = F.normalize(e, dim=1).numpy()
@@ -1554,14 +1557,25 @@ def evaluate_full(config: Config, path: str, recogniser: str, weights) -> dict:
     return found
 
 
+def rehearse(config: Config, plan) -> None:
+    """The works of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
+    parts = check_full(config)
+    faces, recogniser = read_faces(parts["train"]), str(parts["recogniser"])
+    if not (config.data_root / "embeddings.npy").is_file():
+        net = load_official(recogniser)
+        plan.work("embedding a face", len(faces), lambda rows: [*in_batches(
+            net, faces, config, rows=rows)], 2048)
+    plan.training("the network", 1, train_full, config, str(parts["train"]),
+                  recogniser, torch.zeros(len(faces)))
+
+
 def run_full(config: Config) -> Report:
     """The paper's training and tests on stored data: preset `full`."""
     join()
     parts = check_full(config)
     folder, train = RunFolder(config), str(parts["train"])
     recogniser, faces = str(parts["recogniser"]), read_faces(parts["train"])
-    e = embed_all(config, faces, load_official(recogniser),
-                  Processes().device, folder.path)
+    e = embed_all(config, faces, load_official(recogniser), folder.path)
     labels = folder.step("labels", label_faces, config, e, faces.labels)
     weights = folder.step("network", train_full, config, train, recogniser,
                           labels["quality"])

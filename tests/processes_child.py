@@ -24,6 +24,7 @@ def agree() -> dict:
     found["gathered"] = P.gather_rows(rows).tolist()
     found["uneven"] = P.gather_rows(torch.full((rank, 2), rank, dtype=torch.float16)).tolist()
     found["none"] = list(P.gather_rows(np.zeros((0, 4), bool)).shape)
+    found["parts"] = P.in_parts(7, lambda rows: np.full((len(rows), 1), rank), size=2).ravel().tolist()
     try:
         P.gather_rows(np.zeros((1, rank)))
     except ValueError as error:

@@ -368,7 +368,7 @@ def test_full_runs_on_tiny_files(tmp_path, monkeypatch):
     report = A.run(config)
     assert set(report.metrics) == {"clean", A.OURS}
     assert all(0 <= v[0] <= 1 for row in report.metrics.values() for v in row.values())
-    assert report.claim.unit == "points" and (tmp_path / "out" / "steps" / "target" / "00000.npz").exists()
+    assert report.claim.unit == "points" and (tmp_path / "out" / "steps" / "targets.npz").exists()
 
 
 def test_a_folder_of_pictures_is_checked(tmp_path):

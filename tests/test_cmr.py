@@ -322,7 +322,7 @@ def test_a_mirrored_clip_changes_left_and_right(tmp_path):
     config = Config.preset("full", data_root=tmp_path, side=32, flip=True)
     torch.manual_seed(0)
     seen = [cmr.VideoBatches(found, config)[0] for _ in range(12)]
-    assert {label for _, label in seen} == {86, 87} and seen[0][0].shape == (8, 3, 32, 32)
+    assert {label for _, label in seen} == {86, 87} and seen[0][0].shape == (8, 32, 32, 3)
     other = replace(config, data="kinetics")
     assert {cmr.VideoBatches(found, other)[0][1] for _ in range(8)} == {86}
 

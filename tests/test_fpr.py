@@ -490,7 +490,7 @@ def stored(tmp_path_factory):
     return root
 
 
-SETTINGS = dict(network="tiny", batch_size=6, epochs=1, workers=0)
+SETTINGS = dict(network="tiny", batch_size=6, epochs=1, workers=0, precision="no")
 
 
 def test_the_full_preset_runs_on_the_real_formats_with_one_process_and_two(stored, tmp_path, monkeypatch):

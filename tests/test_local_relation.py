@@ -481,7 +481,7 @@ def test_full_refuses_with_a_list(release):
 
 def test_full_trains_a_step_on_files_in_the_released_form(release, tmp_path, monkeypatch):
     monkeypatch.setattr(recognisers, "detect_faces", Detector())
-    config = L.Config.preset("full", data_root=release, encoder="small", size=64, epochs=1, batch_size=4, workers=0,
+    config = L.Config.preset("full", data_root=release, encoder="small", size=64, epochs=1, batch_size=4, workers=1,
                              video_frames=2, precision="no", out_dir=tmp_path / "run", held_out="FaceSwap")
     report = L.run(config)
     assert set(report.metrics) == {"FaceForensics++, all", "FaceForensics++, Deepfakes", "FaceForensics++, FaceSwap"}

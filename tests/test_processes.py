@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from facebook_nb import processes
@@ -35,6 +36,7 @@ def test_three_processes_agree_and_share(context, tmp_path):
         assert it["first"] == {"rank": 0, "big": big, "empty": []} and it["everyone"] == ["a", "b", "c"]
         assert it["gathered"] == [[k, k + 1] for k in range(0, 20, 2)] and it["none"] == [0, 4]
         assert it["uneven"] == [[1, 1], [2, 2], [2, 2]] and it["kinds"].startswith("gather_rows: rows of several kinds")
+        assert it["parts"] == [0, 0, 1, 1, 2, 2, 0]
         assert it["asked"] and it["error"] == ["list.csv: no such file; look again", rank > 0]
         assert (it["rank"], it["count"], it["main"]) == (rank, 3, rank == 0)
     assert [it["share"] for it in found] == [[0, 1, 2], [3, 4, 5], [6, 7, 8, 9]]
@@ -46,6 +48,31 @@ def test_one_process_needs_nobody():
     processes.wait_for_all()
     with pytest.raises(UserError, match="gone"):
         processes.ask_first(lambda: (_ for _ in ()).throw(UserError("gone")))
+
+
+def test_finished_parts_are_not_made_again(tmp_path):
+    asked = []
+
+    def work(rows):
+        asked.append(rows)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return np.array(rows)
+
+    with pytest.raises(KeyboardInterrupt):
+        processes.in_parts(5, work, tmp_path, 2)
+    assert processes.in_parts(5, work, tmp_path, 2).tolist() == [0, 1, 2, 3, 4]
+    assert asked == [range(0, 2), range(2, 4), range(2, 4), range(4, 5)]
+
+
+def damaged(item):
+    raise UserError(f"{item}: damaged; copy it again")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_worker_is_one_line(workers):
+    with pytest.raises(UserError, match="^a.png: damaged; copy it again$"):
+        next(iter(processes.in_workers(damaged, ["a.png"], workers)))
 
 
 def test_an_environment_that_names_nobody_to_join(monkeypatch):

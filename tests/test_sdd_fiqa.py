@@ -466,7 +466,7 @@ def stored(tmp_path):
     return tmp_path
 
 
-FULL = dict(batch_size=11, epochs=1, workers=0, m=5)
+FULL = dict(batch_size=11, epochs=1, workers=0, m=5, precision="no")
 
 
 def test_the_full_preset_runs_on_the_real_formats_with_one_process_and_two(stored, tmp_path):
@@ -489,22 +489,21 @@ def test_the_full_preset_runs_on_the_real_formats_with_one_process_and_two(store
 def test_embedding_goes_on_from_its_parts(stored, tmp_path, monkeypatch):
     config = S.Config.preset("full", data_root=stored, **FULL)
     faces, net = S.read_faces(stored / "train.rec"), S.load_official(stored / "recogniser.pth")
-    device = torch.device("cpu")
     done, batches = [], S.in_batches
 
-    def until_third(network, faces, device, workers, rows):
+    def until_third(network, faces, config, rows):
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(rows)
-        return batches(network, faces, device, workers, rows=rows)
+        return batches(network, faces, config, rows=rows)
 
     monkeypatch.setattr(S, "in_batches", until_third)
     with pytest.raises(KeyboardInterrupt):
-        S.embed_all(config, faces, net, device, tmp_path, size=4)
+        S.embed_all(config, faces, net, tmp_path, size=4)
     done.clear()
-    e = S.embed_all(config, faces, net, device, tmp_path, size=4)
+    e = S.embed_all(config, faces, net, tmp_path, size=4)
     assert len(done) == 1 and e.shape == (12, 512)
-    whole = torch.cat([e for _, e in batches(net, faces, device)])
+    whole = torch.cat([e for _, e in batches(net, faces, config)])
     np.testing.assert_allclose(e, whole, atol=1e-5)
 
 

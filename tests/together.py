@@ -31,12 +31,13 @@ def tiny(chapter: str, root: Path) -> dict:
     if hasattr(tests, "tiny_full"):
         return tests.tiny_full(root)
     fixture, settings = {
-        "fpr": ("stored", dict(network="tiny", batch_size=6, epochs=1, workers=0)),
-        "sdd_fiqa": ("stored", dict(batch_size=11, epochs=1, workers=0, m=5)),
+        "fpr": ("stored", dict(network="tiny", batch_size=6, epochs=1, workers=0, precision="no")),
+        "sdd_fiqa": ("stored", dict(batch_size=11, epochs=1, workers=0, m=5, precision="no")),
         "local_relation": ("release", dict(encoder="small", size=64, epochs=1, batch_size=4, workers=0, video_frames=2,
                                            precision="no", held_out="FaceSwap")),
         "d2am": ("data_sets", dict(protocols=("O&C&I->M",), side=24, width=0.5, network="small", epochs=1,
-                                   epoch_steps=1, batch=1, K=1, rows=("D2AM",))),
+                                   epoch_steps=1, batch=1, K=1, rows=("D2AM",), workers=0,
+                                   precision="no")),
         "afsd": ("write_thumos", dict(start=None, steps=1, workers=0)),
         "cmr": ("something", dict(rows=("CMR",), steps=1, batch_size=2, side=32, workers=0, precision="no")),
     }[chapter]

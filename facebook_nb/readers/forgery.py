@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 
@@ -22,7 +23,8 @@ import numpy as np
 from ..files import (
     UserError, inside, progress, read_image, read_json, read_text,
     write_image, write_json)
-from ..processes import everyone, is_main, share, wait_for_all
+from ..processes import (
+    everyone, in_workers, is_main, share, wait_for_all)
 from .video import open_clip, segment_indices
 from ..worlds.forgery import cut_square, face_square
 
@@ -348,28 +350,37 @@ def crop_video(video: FaceVideo, frames: int = 32, size: int = 256,
     return np.stack(faces), np.stack(masks) if known else None
 
 # %% ../../nbs/foundations/readers_forgery.ipynb #crop_all
+def _cut(out: Path, split: str, layout: str, frames: int, size: int, detect,
+         video: FaceVideo) -> list[str] | str:
+    """The files of a video's faces below `out`, or why there are none."""
+    try:
+        inside(out, video.name, layout)
+        folder, place = (
+            inside(out, f"{split}/{kind}/{video.name}", layout, write=True)
+            for kind in ("frames", "masks"))
+        if not any(folder.glob("*.png")):
+            _write_faces(folder, place,
+                         *crop_video(video, frames, size, detect))
+        return [p.relative_to(out).as_posix()
+                for p in sorted(folder.glob("*.png"))]
+    except Exception as error:          # a video's fault is its own
+        return f"{video.name}: {error}".splitlines()[0]
+
+
 def crop_all(videos: ForgeryList, out: str | Path, split: str,
-             frames: int = 32, size: int = 256, detect=None) -> list[str]:
+             frames: int = 32, size: int = 256, detect=None,
+             workers: int = 0) -> list[str]:
     """Cut the faces of all videos into `out`, with `out`/SPLIT.json.
 
-    The processes of a run share the videos. Returns a line for each that was
-    skipped, with the reason.
+    The processes of a run share the videos, and each has so many workers.
+    Returns a line for each that was skipped, with the reason.
     """
-    out, mine, skipped, data = Path(out), {}, [], {}
-    for i in progress(share(len(videos)), label="cutting faces"):
-        video = videos.videos[i]
-        try:
-            inside(out, video.name, videos.layout)
-            folder, place = (
-                inside(out, f"{split}/{kind}/{video.name}", videos.layout,
-                       write=True) for kind in ("frames", "masks"))
-            if not any(folder.glob("*.png")):
-                _write_faces(folder, place,
-                             *crop_video(video, frames, size, detect))
-            mine[i] = [p.relative_to(out).as_posix()
-                       for p in sorted(folder.glob("*.png"))]
-        except Exception as error:      # a video's fault is its own
-            mine[i] = f"{video.name}: {error}".splitlines()[0]
+    out, skipped, data = Path(out), [], {}
+    todo = share(len(videos))
+    cut = partial(_cut, out, split, videos.layout, frames, size, detect)
+    mine = dict(zip(todo, progress(in_workers(
+        cut, [videos.videos[i] for i in todo], workers), len(todo),
+        "cutting faces")))
     for i, faces in sorted(pair for part in everyone(mine)
                            for pair in part.items()):
         video = videos.videos[i]

@@ -10,6 +10,7 @@ __all__ = ['ATTACKS', 'PROTOCOLS', 'FOLDERS', 'READERS', 'FIXES', 'Listing', 're
 # %% ../../nbs/foundations/readers_spoof.ipynb #imports
 import re
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ import numpy as np
 from ..files import (
     IMAGE_SUFFIXES, VIDEO_SUFFIXES, UserError, inside, progress, read_image,
     read_json, read_text)
+from ..processes import (
+    everyone, gather_rows, in_workers, share)
 from .video import open_clip
 
 # %% ../../nbs/foundations/readers_spoof.ipynb #Listing
@@ -328,34 +331,49 @@ def frame_positions(n: int, frames: int) -> np.ndarray:
     return np.minimum(6 + np.arange(frames) * (n // frames), n - 1)
 
 # %% ../../nbs/foundations/readers_spoof.ipynb #load_pictures
-def load_pictures(listing: Listing, side: int, frames: int = 1):
-    """Faces of a listing: (m, 3, side, side) uint8, and (m,) rows of it.
-
-    A video or picture that cannot be read is left out and noted in
-    `listing.problems`.
-    """
+def _faces_of(side: int, frames: int, aligned: bool, path: Path):
+    """Faces (k, 3, side, side) uint8 of a file, or what is wrong with it."""
     from facebook_nb.models.recognisers import crop_faces
 
-    images, rows = [], []
-    for i, path in enumerate(progress(listing.paths, label="faces")):
-        try:
-            if path.suffix.lower() in IMAGE_SUFFIXES:
-                some, detect = [read_image(path)], listing.name == "mixture"
-            else:
-                clip = open_clip(path)
-                some = clip.read(frame_positions(len(clip), frames))
-                detect = True
-        except UserError as error:
-            listing.problems.setdefault("unreadable", []).append(str(error))
-            continue
-        for image in some:
-            images.append(_face(image, side) if not detect else (
-                255 * crop_faces([np.ascontiguousarray(image)], "dlib150",
-                                 side).images[0].numpy()).round().clip(
-                                     0, 255).astype(np.uint8))
-            rows.append(i)
-    shape = (len(images), 3, side, side)
-    return np.array(images, np.uint8).reshape(shape), np.array(rows, int)
+    try:
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            some, detect = [read_image(path)], not aligned
+        else:
+            clip = open_clip(path)
+            some = clip.read(frame_positions(len(clip), frames))
+            detect = True
+    except UserError as error:
+        return str(error)
+    found = [_face(image, side) if not detect else (
+        255 * crop_faces([np.ascontiguousarray(image)], "dlib150",
+                         side).images[0].numpy()).round().clip(0, 255)
+             for image in some]
+    return np.array(found, np.uint8).reshape(-1, 3, side, side)
+
+
+def load_pictures(listing: Listing, side: int, frames: int = 1,
+                  workers: int = 0):
+    """Faces of a listing: (m, 3, side, side) uint8, and (m,) rows of it.
+
+    The processes of a run share the files, and each has so many workers. A
+    video or picture that cannot be read is left out and noted in
+    `listing.problems`.
+    """
+    mine, images, rows, bad = share(len(listing)), [], [], []
+    read = partial(_faces_of, side, frames, listing.name != "mixture")
+    for i, faces in zip(mine, progress(in_workers(
+            read, [listing.paths[i] for i in mine], workers), len(mine),
+            "faces")):
+        if isinstance(faces, str):
+            bad.append(faces)
+        else:
+            images.append(faces)
+            rows += [i] * len(faces)
+    if bad := [text for part in everyone(bad) for text in part]:
+        listing.problems.setdefault("unreadable", []).extend(bad)
+    none = np.empty((0, 3, side, side), np.uint8)
+    return (gather_rows(np.concatenate([none, *images])),
+            gather_rows(np.array(rows, int)))
 
 
 def _face(image: np.ndarray, side: int) -> np.ndarray:
