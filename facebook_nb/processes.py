@@ -48,7 +48,9 @@ def join(device=None) -> None:
     import torch
     import torch.distributed as dist
 
-    if dist.is_initialized():
+    if dist.is_initialized():           # by the caller, or by accelerate
+        atexit.unregister(_leave)       # once, however often it is asked
+        atexit.register(_leave)
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:     # both launchers set it
         end_with_parent()
