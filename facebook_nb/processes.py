@@ -259,7 +259,8 @@ def launch(copies: int, *arguments: str) -> int:
     command = [sys.executable, "-m", "facebook_nb.processes", "--standalone",
                "--nproc_per_node", str(copies), *arguments]
     launcher = subprocess.Popen(        # Ctrl-C reaches this process alone
-        command, env={**os.environ, PARENT: str(os.getpid())},
+        command, env={"OMP_NUM_THREADS": "1",   # torchrun's choice, unsaid
+                      **os.environ, PARENT: str(os.getpid())},
         start_new_session=True)
     try:
         return launcher.wait()

@@ -111,7 +111,8 @@ def test_a_npy_file_that_holds_no_array_of_numbers(tmp_path):
     whole = io.BytesIO()
     np.save(whole, np.zeros((4, 8, 8, 3), np.uint8))
     whole = whole.getvalue()
-    damaged = {"text": b"no film", "none": b"", "cut": whole[:40], "short": whole[:-9], "header": whole[:12] + b"{{(" + whole[15:]}
+    damaged = {"text": b"no film", "none": b"", "cut": whole[:40], "short": whole[:-9],
+               "header": whole[:12] + b"{{(" + whole[15:]}
     for name, content in damaged.items():
         (tmp_path / f"{name}.npy").write_bytes(content)
     np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)

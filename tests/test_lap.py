@@ -312,6 +312,17 @@ def test_without_the_mirror_nothing_is_mirrored(world, monkeypatch):
     assert [len(made.image) for made in drawn] == [2, 4]
 
 
+def tiny_full(root):
+    """Photos of two people and a network for the perceptual loss, in the real formats; settings for preset `full`."""
+    noise = np.random.default_rng(0)
+    for person, k in np.ndindex(2, 6):
+        write_image(root / "people" / f"p{person}" / f"{k}.png", noise.integers(0, 256, (40, 40, 3), np.uint8))
+    torch.manual_seed(0)
+    torch.save({f"features.{k.split('.', 1)[1]}": v for k, v in lap.VGG16().state_dict().items()}, root / "vgg.pth")
+    return {"data_root": root / "people", "vgg": root / "vgg.pth", "size": 32, "nf": 8, "workers": 0, "batch": 6,
+            "checkpoint_every": 1} | {k: TINY[k] for k in ("settle", "steps", "more", "refine", "zdim")}
+
+
 def test_full_says_what_is_missing(tmp_path):
     with pytest.raises(UserError, match="data_root.*vgg"):
         lap.run(lap.Config.preset("full", out_dir=tmp_path))
