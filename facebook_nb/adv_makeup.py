@@ -1935,7 +1935,7 @@ def apply(inputs, weights=None, out_dir=None,
             _panel([src.faces[0], new[0], goal[0]], out)
         return {"face": face, "similarity_before": round(float(before), 4),
                 "similarity_after": round(float(after), 4),
-                "threshold": round(limit, 4), "output": out and str(out),
+                "threshold": round(limit, 4), "output": out and out.name,
                 "judge": name, "note": NOTE}
 
     return apply_each(given[:-1], judge_one, out_dir)

@@ -312,13 +312,14 @@ def _say_table(head, rows, title=None) -> None:
     from rich.table import Column, Table
     from rich.text import Text
 
-    table = Table(*(Column(h, overflow="fold") for h in head), title=title,
-                  title_justify="left")
+    table = Table(*(Column(h, overflow="fold") for h in head))
     for row in rows:
         table.add_row(*map(Text, row))
     console = Console()
     if not console.is_terminal:
         console.width = 160
+    if title:                   # not the table's: it would be as narrow
+        typer.echo(title)
     console.print(table)
 
 
@@ -1048,12 +1049,26 @@ def _one_seed(chapters: list[str], root: Path) -> None:
         raise typer.Exit(1)
 
 # %% ../nbs/foundations/cli.ipynb #book
+def _is_free(port: int) -> bool:
+    import socket
+
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            other.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
 @app.command()
 def book(serve: Annotated[bool, typer.Option(
              "--serve", help="Show the book on this machine.")] = False,
          port: int = 8000):
     """Render the book from the stored outputs."""
     root = book_root()
+    if serve and not _is_free(port):
+        raise UserError(f"port {port} is taken; choose another with --port")
     command = [str(Path(sys.executable).parent / "jupyter-book"), "build",
                str(root), "-W", "--keep-going", "--all"]
     quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}

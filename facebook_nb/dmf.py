@@ -1224,11 +1224,13 @@ def apply(inputs, weights=None, out_dir=None) -> list[dict]:
         maps = score(x, support)[0, 0]                          # (n, h, w)
         scores = maps.mean((1, 2))
         top = int(scores.argmax())
+        row = {"label": names[top],
+               "scores": dict(zip(names, scores.tolist()))}
         if item.folder:
-            name = f"{item.stem}-{names[top]}.png"
-            write_image(item.folder / name, _where(picture, maps, top))
-        return {"label": names[top],
-                "scores": dict(zip(names, scores.tolist()))}
+            row["picture"] = f"{item.stem}-{names[top]}.png"
+            write_image(item.folder / row["picture"],
+                        _where(picture, maps, top))
+        return row
 
     return apply_each([*bad, *inputs[1:]], judge, out_dir,
                       weights="procedural glyphs, this book"

@@ -81,7 +81,12 @@ class Item:
         self.stem, self.folder = f"{number:03d}-{stem}".rstrip("-"), folder
 
     def film(self):
-        """The path, array or tensor of a film. UserError for one picture."""
+        """The path, array or tensor of a film.
+
+        UserError for one picture, and for a .npy file that holds no array.
+        """
+        if self.path and self.path.suffix.lower() == ".npy":
+            _look_at_array(self)
         shape = getattr(self.value, "shape", ())
         if hasattr(self.value, "getextrema") or (
                 len(shape) == 3 and shape[2] in (1, 3, 4)):
@@ -103,6 +108,19 @@ class Item:
         except UserError as error:
             text = str(error).replace(str(self.path), self.name)
             raise UserError(text) from None
+
+
+def _look_at_array(item: Item) -> None:
+    """UserError unless numpy maps the .npy file; a missing one is not ours."""
+    import numpy as np
+
+    if not item.path.is_file():
+        return
+    try:
+        np.load(item.path, mmap_mode="r", allow_pickle=False)
+    except Exception:       # of a damaged header: some twelve kinds
+        raise UserError(f"{item.name}: holds no array of numbers; write the "
+                        "frames (T, H, W, 3) anew with numpy.save") from None
 
 
 def shown(path) -> str:

@@ -1927,8 +1927,8 @@ def reconstruct(model: LAP, photos: Tensor, stem: str | Path) -> dict:
                         albedo[0] / 2 + 0.5, lit.image[0] / 2 + 0.5])
     maps = F.interpolate(maps, (128, 128)).clamp(0, 1)
     write_image(f"{stem}-maps.png", _bytes(torch.cat(list(maps), 2)))
-    return {"mesh": f"{stem}.obj", "ply": f"{stem}.ply",
-            "turntable": f"{stem}.gif", "maps": f"{stem}-maps.png",
+    return {"mesh": f"{stem.name}.obj", "ply": f"{stem.name}.ply",
+            "turntable": f"{stem.name}.gif", "maps": f"{stem.name}-maps.png",
             "pose": [[round(a, 1) for a in row]
                      for row in (w[:, :3] * 60).tolist()],
             "weight": alpha.tolist()}
@@ -1964,9 +1964,10 @@ def apply(inputs, weights=None, out_dir=None) -> list[dict]:
 
     inputs: folders, one person each, and photos (paths, arrays, PIL images,
     tensors), all of one further person. weights: of `save_model`, or the
-    authors' checkpoint. Writes results.json and .csv to out_dir; a row for
-    each folder and each photo: input, weights, face, mesh, turntable, …;
-    without a face no mesh but the reason.
+    authors' checkpoint. Writes results.json and .csv to out_dir (None:
+    runs/lap-apply); a row for each folder and each photo: input, weights,
+    face, mesh, turntable, …, files by their names in out_dir; without a face
+    no mesh but the reason.
     """
     out_dir, model = Path(out_dir or "runs/lap-apply"), load_model(weights)
     source = {"weights": "procedural faces, this book" if weights is None

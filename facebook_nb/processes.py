@@ -48,7 +48,9 @@ def join(device=None) -> None:
     import torch
     import torch.distributed as dist
 
-    if dist.is_initialized():
+    if dist.is_initialized():           # by the caller, or by accelerate
+        atexit.unregister(_leave)       # once, however often it is asked
+        atexit.register(_leave)
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:     # both launchers set it
         end_with_parent()
@@ -312,7 +314,8 @@ def launch(copies: int, *arguments: str) -> int:
     command = [sys.executable, "-m", "facebook_nb.processes", "--standalone",
                "--nproc_per_node", str(copies), *arguments]
     launcher = subprocess.Popen(        # Ctrl-C reaches this process alone
-        command, env={**os.environ, PARENT: str(os.getpid())},
+        command, env={"OMP_NUM_THREADS": "1",   # torchrun's choice, unsaid
+                      **os.environ, PARENT: str(os.getpid())},
         start_new_session=True)
     try:
         return launcher.wait()

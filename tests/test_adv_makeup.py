@@ -267,7 +267,7 @@ def test_apply_does_the_others_when_one_is_damaged(finished, tmp_path, people):
     assert {"similarity_before", "similarity_after", "threshold", "output", "note"} < set(rows[0])
     assert rows[0]["face"] == "found"
     assert read_json(tmp_path / "out" / "results.json") == rows
-    picture = read_image(rows[0]["output"])
+    picture = read_image(tmp_path / "out" / rows[0]["output"])
     assert picture.shape == (334, 900, 3)
     band = picture[300:].astype(int)
     assert (band[..., 0] - band[..., 1]).max() > 100                # the note is there, in red

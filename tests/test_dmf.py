@@ -352,18 +352,21 @@ def test_full_names_what_is_missing(tmp_path):
     assert not dmf.check_data(tmp_path).usable
 
 
-def test_full_runs_on_a_toy_copy_of_its_data(tmp_path):
-    """ResNet-12, augmentation, SGD, bfloat16 and checkpoints, on class folders of a few pictures."""
+def tiny_full(root):
+    """Class folders of a few pictures, and settings for preset `full`."""
     rng = np.random.default_rng(0)
     for phase in ("train", "val", "test"):
         for name in "xyz":
-            (tmp_path / "data" / phase / name).mkdir(parents=True)
+            (root / "data" / phase / name).mkdir(parents=True)
             for k in range(20):
-                write_image(tmp_path / "data" / phase / name / f"{k}.png", rng.integers(0, 256, (16, 16, 3), np.uint8))
-    config = dmf.Config.preset(
-        "full", data_root=tmp_path / "data", out_dir=tmp_path / "run", rows=("no gate", "DMF"), size=16, way=2,
-        queries=2, episodes=1, steps=2, warm=1, test_episodes=2, checkpoint_every=1, groups=64, kernel=3, rate=0.01,
-        workers=1)
+                write_image(root / "data" / phase / name / f"{k}.png", rng.integers(0, 256, (16, 16, 3), np.uint8))
+    return dict(data_root=root / "data", rows=("no gate", "DMF"), size=16, way=2, queries=2, episodes=2, steps=2,
+                warm=1, test_episodes=2, checkpoint_every=1, groups=64, kernel=3, rate=0.01)
+
+
+def test_full_runs_on_a_toy_copy_of_its_data(tmp_path):
+    """ResNet-12, augmentation, SGD, bfloat16, workers and checkpoints; first, what a dry run tells."""
+    config = dmf.Config.preset("full", out_dir=tmp_path / "run", workers=1, **tiny_full(tmp_path))
     fields = ("rows", "size", "way", "queries", "episodes", "steps", "test_episodes", "groups", "kernel")
     told = CliRunner().invoke(cli.app, [
         "run", "dmf", "--preset", "full", "--data-root", str(tmp_path / "data"), "--dry-run", "--set", "workers=0", *(

@@ -1,5 +1,6 @@
 """What `apply` is given: each input has its row, whatever it is called and whatever is wrong with it."""
 import csv
+import io
 import json
 import os
 
@@ -103,3 +104,23 @@ def test_grey_is_told_from_colour(tmp_path):
     write_image(tmp_path / "g.jpg", grey)
     assert is_grey(grey) and is_grey(grey[..., 0]) and is_grey(Item(tmp_path / "g.jpg").picture())
     assert not is_grey(COLOUR) and not is_grey(np.full((9, 9, 3), (200, 190, 180), np.uint8))
+
+
+def test_a_npy_file_that_holds_no_array_of_numbers(tmp_path):
+    """One line of ours, whatever numpy says of it."""
+    whole = io.BytesIO()
+    np.save(whole, np.zeros((4, 8, 8, 3), np.uint8))
+    whole = whole.getvalue()
+    damaged = {"text": b"no film", "none": b"", "cut": whole[:40], "short": whole[:-9],
+               "header": whole[:12] + b"{{(" + whole[15:]}
+    for name, content in damaged.items():
+        (tmp_path / f"{name}.npy").write_bytes(content)
+    np.save(tmp_path / "objects.npy", np.array([{}], object), allow_pickle=True)
+    for name in (*damaged, "objects"):
+        with pytest.raises(UserError) as told:
+            Item(tmp_path / f"{name}.npy").film()
+        assert str(told.value) == (f"{tmp_path}/{name}.npy: holds no array of numbers; write the frames (T, H, W, 3) "
+                                   "anew with numpy.save")
+    (tmp_path / "good.npy").write_bytes(whole)
+    for name in ("good", "missing"):            # the second is for the reader to tell
+        assert Item(tmp_path / f"{name}.npy").film() == tmp_path / f"{name}.npy"
