@@ -66,6 +66,8 @@ def came_out(chapter: str, entry: dict) -> str:
         claim = replace(claim, effect=percent(claim.effect),
                         interval=claim.interval and tuple(map(percent, claim.interval)))
     verdict, _, number = str(replace(claim, unit=ASKS[chapter]["counts"])).partition(": ")
+    number = re.sub(r" \[(\S+), (\S+)\], \d+ seeds$", r", between \1 and \2", number)
+    number = re.sub(r"[+-](0(?:\.0+)?)(?![\d.])", r"\1", number)           # no -0
     if "due" in entry:
         return f"**to be recorded anew**; an earlier experiment: {verdict}, {number}"
     return f"**{verdict}**: {number}"
