@@ -246,8 +246,8 @@ def test_a_dry_run_names_the_workers_that_loading_wants():
     row = {"what": "a row", "load": 3.0, "step": 0.5}
     plan.rows = [row | {"workers": 2, "ready": 1.5}, row | {"workers": 8, "ready": 0.375}]
     one, = plan.late()
-    assert one.startswith("a row: with workers=2 a batch is loaded in 1.5 s, and a step takes 0.5 s; raise workers (--set "
-                          "workers=8)")
+    assert one.startswith("a row: with workers=2 a batch is loaded in 1.5 s, and a step takes 0.5 s; raise workers "
+                          "(--set workers=8)")
     asked = []
     plan.work("cutting", 3, asked.append, some=8)
     assert asked == [range(1), range(1), range(3)] and plan.rows[-1]["times"] == 3
