@@ -4,11 +4,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
-from facebook_nb.cli import CHAPTERS, TAKES, _cell, _keep, execute_all, plan_of, store
+from facebook_nb.cli import CHAPTERS, TAKES, Rehearsal, _cell, _keep, dry_run, execute_all, plan_of, store
 from facebook_nb.experiment import own_folder
 from facebook_nb.files import UserError, read_json, write_json
 from tests.conftest import ROOT
@@ -238,3 +239,17 @@ def test_results_are_json_too():
     done = cli("results", "--json")
     assert done.returncode == 0
     assert all({"chapter", "claim", "metrics", "digest"} <= set(entry) for entry in json.loads(done.stdout))
+
+
+def test_a_dry_run_names_the_workers_that_loading_wants():
+    plan = Rehearsal(None, SimpleNamespace(devices=4))
+    row = {"what": "a row", "load": 3.0, "step": 0.5}
+    plan.rows = [row | {"workers": 2, "ready": 1.5}, row | {"workers": 8, "ready": 0.375}]
+    one, = plan.late()
+    assert one.startswith("a row: with workers=2 a batch is loaded in 1.5 s, and a step takes 0.5 s; raise workers "
+                          "(--set workers=8)")
+    asked = []
+    plan.work("cutting", 3, asked.append, some=8)
+    assert asked == [range(1), range(1), range(3)] and plan.rows[-1]["times"] == 3
+    with pytest.raises(UserError, match="add --preset full and --data-root"):
+        dry_run("cmr", SimpleNamespace(preset_name="smoke"))
