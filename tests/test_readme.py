@@ -18,8 +18,10 @@ import urllib.request
 import venv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from facebook_nb import sdd_fiqa
 from facebook_nb.files import read_json
 from tests import together
 from tests.conftest import ROOT
@@ -136,6 +138,12 @@ def test_the_blocks_of_the_readme_run_as_they_stand(newcomer):
         assert (tree / folder / "metrics.json").exists(), folder
     full = read_json(tree / "runs/sdd_fiqa-full/metrics.json")
     assert full["preset"] == "full" and (tree / "runs/sdd_fiqa-full/sdd_fiqa.ipynb").exists()
+    with np.load(tree / "runs/sdd_fiqa-full/steps/labels.npz") as kept:     # not who computed them, but what
+        [embedded] = (tree / "runs/sdd_fiqa-full").glob("embeddings-*.npy")
+        config = sdd_fiqa.Config.preset("full", **newcomer.settings)
+        people = sdd_fiqa.read_faces(config.data_root / "train.rec").labels
+        alone = sdd_fiqa.label_faces(config, np.load(embedded), people)
+        np.testing.assert_allclose(kept["quality"], alone["quality"], atol=1e-3)
     for name in TREE:                   # a command changes no tracked file
         for path in (p for p in (ROOT / name).rglob("*") if p.is_file() and "__pycache__" not in p.parts):
             assert (tree / path.relative_to(ROOT)).read_bytes() == path.read_bytes()
