@@ -364,8 +364,8 @@ def tiny_full(root):
 
 def test_full_runs_on_a_toy_copy_of_its_data(tmp_path):
     """ResNet-12, augmentation, SGD, bfloat16, workers and checkpoints."""
-    config = dmf.Config.preset("full", out_dir=tmp_path / "run", workers=1, **tiny_full(tmp_path))
-    report = dmf.run(config)
+    report = dmf.run(dmf.Config.preset(
+        "full", out_dir=tmp_path / "run", workers=1, **tiny_full(tmp_path) | {"episodes": 1}))
     assert report.metrics["DMF"].keys() == {"miniimagenet 1-shot", "miniimagenet 5-shot"}
     own = dmf.Config.preset("smoke", data_root=tmp_path / "data", worlds=("folders",), size=16)
     assert dmf._worlds(own) == ["folders"] and len(dmf.world_splits(own, "folders", 0)[1].classes) == 3
