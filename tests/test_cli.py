@@ -10,8 +10,7 @@ import psutil
 import pytest
 from typer import Exit
 
-from facebook_nb.cli import (
-    CHAPTERS, TAKES, Rehearsal, _cell, _keep, dry_run, execute_all, plan_of, reproduce, store)
+from facebook_nb.cli import CHAPTERS, TAKES, Rehearsal, _cell, _keep, dry_run, execute_all, plan_of, reproduce, store
 from facebook_nb.experiment import own_folder
 from facebook_nb.files import UserError, read_json, write_json
 from tests.conftest import ROOT
