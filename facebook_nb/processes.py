@@ -16,7 +16,8 @@ import warnings
 from collections.abc import Callable
 from datetime import timedelta
 
-from .files import UserError, plumbing
+from .files import (
+    UserError, plumbing, progress, write_atomic)
 
 # %% ../nbs/foundations/processes.ipynb #join
 LIMIT = timedelta(hours=24)     # of waiting for the others
@@ -226,7 +227,6 @@ def in_parts(n: int, work: Callable, folder=None, size: int = 256,
     """
     import numpy as np
 
-    from .files import progress, write_atomic
 
     starts, done = range(0, n, size), {}
     for start in progress(starts[rank()::count()], label=label):
