@@ -227,7 +227,6 @@ def in_parts(n: int, work: Callable, folder=None, size: int = 256,
     """
     import numpy as np
 
-
     starts, done = range(0, n, size), {}
     for start in progress(starts[rank()::count()], label=label):
         path = folder and folder / f"{start}-{size}-{n}.npy"
