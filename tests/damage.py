@@ -25,8 +25,9 @@ import torch
 
 from facebook_nb.experiment import RunFolder, Settings
 from facebook_nb.files import UserError, progress, read_image, read_json, read_weights, write_weights
-from facebook_nb.inputs import apply_each, shown
+from facebook_nb.inputs import Item, apply_each, shown
 from facebook_nb.readers import faces, fewshot, forgery, photosets, spoof, video
+from facebook_nb.training import Recipe, fit
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
 
@@ -103,6 +104,27 @@ def run_again(path: Path):
     assert (found["x"] == work()["x"]).all() and found["y"] == 1, "other numbers"
 
 
+def squared(net, batch, step):
+    return net(batch).square().mean()
+
+
+def go_on(path: Path) -> dict:
+    """A training whose checkpoint is damaged goes on from the one before; its weights are never others."""
+    torch.manual_seed(0)
+    net, x = torch.nn.Linear(4, 1), torch.randn(16, 4)
+    fit(net, squared, x, torch.optim.SGD(net.parameters(), 0.1), Recipe(steps=6, batch_size=4, checkpoint_every=2),
+        folder=path.parents[1], device="cpu")
+    shutil.rmtree(path.parents[1] / "logs", ignore_errors=True)         # each start has one of its own
+    return {name: value.detach().clone() for name, value in net.named_parameters()}
+
+
+def gone_on(path: Path):
+    calm = go_on(path.parents[2] / "calm/checkpoints/x")
+    shutil.rmtree(path.parents[2] / "calm")
+    found = go_on(path)
+    assert all(torch.equal(calm[name], found[name]) for name in calm), "other weights"
+
+
 def applied(path: Path):
     """What `apply` says of a file of an odd name, beside a good one."""
     rows = apply_each(path.parent, lambda item: {"mean": float(item.picture().mean())}, path.parent.parent / "applied")
@@ -132,11 +154,14 @@ def goods(place: Path) -> dict:
     """kind → (file to be damaged, what reads it). Writes the good files below `place`."""
     png, jpg = encoded(".png"), encoded(".jpg")
     write_weights(place / "w.safetensors", {"a.weight": torch.ones(8, 8), "b": torch.arange(5)})
-    films = {"film.mp4": "libx264", "film.avi": "mpeg4", "film.ts": "mpeg2video", "film.mkv": "libx264"}
+    films = {"film.mp4": "libx264", "film.avi": "mpeg4", "film.ts": "mpeg2video", "film.mkv": "libx264",
+             "film.mpg": "mpeg1video", "film.mov": "mpeg4"}
     for name, codec in films.items():
         film(place / name, codec)
     RunFolder(Run(out_dir=place / "run")).step("s", work)
     step, = (place / "run/steps").glob("s*.npz")
+    go_on(place / "training/checkpoints/x")
+    checkpoint = max((place / "training/checkpoints").iterdir()).relative_to(place)
     odd = (b"M\xfcller.png".decode(errors="surrogateescape"), "\x1b[2J.png", "n" * 200 + ".png")
     for k in range(len(odd)):
         (place / f"odd{k}").mkdir()
@@ -156,6 +181,7 @@ def goods(place: Path) -> dict:
         **{name: ((place / name).read_bytes(), cinema) for name in films},
         "run/config.json": ((place / "run/config.json").read_bytes(), run_again),
         f"run/steps/{step.name}": (step.read_bytes(), run_again),
+        str(checkpoint): ((place / checkpoint).read_bytes(), gone_on),
         **{f"odd{k}/{name}": (png, applied) for k, name in enumerate(odd)},
         "spoof/list.txt": (b"# live=1\na.jpg 1\na.jpg 0\n", spoof.read_list),
         "celeba/identity_CelebA.txt": (b"a.jpg 1\nb.jpg 1\n", lambda p: photosets.celeba_sets(p.parent, 2, split=None)),
@@ -165,7 +191,7 @@ def goods(place: Path) -> dict:
                        lambda p: forgery.read_deepfakebench(p, "test")),
         "celebdf/List_of_testing_videos.txt": (b"1 a/b.mp4\n0 c/d.mp4\n", lambda p: forgery.read_celebdf(p.parent)),
         "bfw.csv": (b"p1,p2,label,att1,att2,fold\na/1.jpg,a/2.jpg,1,x,x,1\n", faces.read_bfw),
-        "frames.npy": (None, lambda p: video.FrameArray(p).read([0, 1])),
+        "frames.npy": (None, lambda p: video.FrameArray(Item(p).film()).read([0, 1])),
         "w.safetensors": ((place / "w.safetensors").read_bytes(), read_weights),
         "w.pt": (saved({"a": torch.ones(9, 9)}), read_weights),
         "w.pth": (saved({"state_dict": {"module.a": torch.ones(9)}}), read_weights),

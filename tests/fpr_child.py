@@ -105,12 +105,4 @@ def full(what, rank, ranks):
     return report.metrics
 
 
-def quality(what, rank, ranks):
-    """Preset `full` of the quality chapter: the report's metrics."""
-    from facebook_nb import sdd_fiqa
-
-    return sdd_fiqa.run(sdd_fiqa.Config.preset("full", data_root=what["root"], out_dir=what["out"], devices=ranks,
-                                               **what["settings"])).metrics
-
-
-JOBS = {"quality": quality, "once": once, "many": many, "fitted": fitted, "full": full}
+JOBS = {"once": once, "many": many, "fitted": fitted, "full": full}

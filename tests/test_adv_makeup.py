@@ -345,26 +345,37 @@ def test_full_lists_what_is_missing(tmp_path):
         A.run(A.Config.preset("full", data_root=tmp_path, victim="other"))
 
 
-def test_full_runs_on_tiny_files(tmp_path, monkeypatch):
-    released(tmp_path)
-    (tmp_path / "models").mkdir()
+class Pooled(torch.nn.Module):                                      # in place of networks of 70 million weights
+    def __init__(self, k):
+        super().__init__()
+        self.k = k
+
+    def forward(self, x):
+        return F.avg_pool2d(x, self.k).flatten(1)
+
+
+def stand_ins():
+    """In place of the released networks, for this process."""
+    sides = {"ir152": 16, "irse50": 28, "mobile_face": 14, "facenet": 20}
+    A.load_official = lambda path, name: A.Style(2) if name == "vgg16" else Pooled(sides[name])
+
+
+def tiny_full(root):
+    """The released set and stand-ins' files below root; the settings of a run."""
+    released(root)
+    (root / "models").mkdir()
     for name in (*A.RECOGNISERS, "vgg16"):
-        (tmp_path / "models" / f"{name}.pth").touch()
+        (root / "models" / f"{name}.pth").touch()
     rng = np.random.default_rng(1)
     for i in range(46):                                             # 1,035 pairs support a FAR of 0.001
-        write_image(tmp_path / "lfw" / f"p{i}" / "0.png", rng.integers(0, 256, (16, 16, 3)).astype(np.uint8))
+        write_image(root / "lfw" / f"p{i}" / "0.png", rng.integers(0, 256, (16, 16, 3)).astype(np.uint8))
+    return dict(data_root=root, width=2, side=(32, 84), iterations=2, batch_size=2)
 
-    class Pooled(torch.nn.Module):                                  # in place of networks of 70 million weights
-        def __init__(self, k):
-            super().__init__()
-            self.k = k
 
-        def forward(self, x):
-            return F.avg_pool2d(x, self.k).flatten(1)
-    monkeypatch.setattr(A, "load_official", lambda path, name: A.Style(2) if name == "vgg16" else Pooled(
-        {"ir152": 16, "irse50": 28, "mobile_face": 14, "facenet": 20}[name]))
-    config = A.Config.preset("full", data_root=tmp_path, out_dir=tmp_path / "out", width=2, side=(32, 84), iterations=2,
-                             batch_size=2, targets=1)
+def test_full_runs_on_tiny_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(A, "load_official", A.load_official)        # given back afterwards
+    stand_ins()
+    config = A.Config.preset("full", out_dir=tmp_path / "out", targets=1, **tiny_full(tmp_path))
     report = A.run(config)
     assert set(report.metrics) == {"clean", A.OURS}
     assert all(0 <= v[0] <= 1 for row in report.metrics.values() for v in row.values())

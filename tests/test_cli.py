@@ -4,11 +4,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+from typer import Exit
 
-from facebook_nb.cli import CHAPTERS, TAKES, _cell, _keep, execute_all, plan_of, store
+from facebook_nb.cli import CHAPTERS, TAKES, Rehearsal, _cell, _keep, dry_run, execute_all, plan_of, reproduce, store
 from facebook_nb.experiment import own_folder
 from facebook_nb.files import UserError, read_json, write_json
 from tests.conftest import ROOT
@@ -211,8 +213,9 @@ Report("sdd_fiqa", "book", config.seeds, {"a": {"x": xs}}, decide("a", xs), 1.0)
 """
 
 
-def test_a_change_of_a_figure_costs_no_step(small_book):
+def test_a_change_of_a_figure_costs_no_step(small_book, monkeypatch, capsys):
     root, again = small_book.root, []
+    monkeypatch.chdir(root)
     for figure in ("'one'", "'two'"):
         path = small_book(PARAMETERS, TOY, figure)
         plan = plan_of(path, root)
@@ -220,16 +223,17 @@ def test_a_change_of_a_figure_costs_no_step(small_book):
         assert str(plan) == ("outputs only" if again else
                              "never recorded to its end, so its time is not known; 0 steps are done")
         folder = root / "runs" / "book" / "sdd_fiqa"
-        done = cli("reproduce", "sdd_fiqa", cwd=root)
-        assert done.returncode == 0, done.stdout + done.stderr
+        reproduce(["sdd_fiqa"])
         again.append({p.name: p.stat().st_mtime_ns for p in folder.glob("steps/*.npz")})
         kept = read_json(path)["cells"][-1]["outputs"][0]["data"]["text/plain"]
         assert "".join(kept) == figure
-        assert "nothing to do" in cli("reproduce", "sdd_fiqa", "--dry-run", cwd=root).stdout
+        assert str(plan_of(path, root)) == "nothing to do"
+    assert "nothing to do" in cli("reproduce", "sdd_fiqa", "--dry-run", cwd=root).stdout
     assert len(again[0]) == 3 and again[0] == again[1]
     small_book(PARAMETERS, TOY.replace("2 * s", "9 * s"), "'two'")
-    done = cli("reproduce", "sdd_fiqa", cwd=root)
-    assert done.returncode == 1 and "not stored; look why" in done.stdout
+    with pytest.raises(Exit) as ended:
+        reproduce(["sdd_fiqa"])
+    assert ended.value.exit_code == 1 and "not stored; look why" in capsys.readouterr().out
     assert all(t != again[0][name] for name, t in {
         p.name: p.stat().st_mtime_ns for p in folder.glob("steps/*.npz")}.items() if name != "seed0.npz")
 
@@ -238,3 +242,17 @@ def test_results_are_json_too():
     done = cli("results", "--json")
     assert done.returncode == 0
     assert all({"chapter", "claim", "metrics", "digest"} <= set(entry) for entry in json.loads(done.stdout))
+
+
+def test_a_dry_run_names_the_workers_that_loading_wants():
+    plan = Rehearsal(None, SimpleNamespace(devices=4))
+    row = {"what": "a row", "load": 3.0, "step": 0.5}
+    plan.rows = [row | {"workers": 2, "ready": 1.5}, row | {"workers": 8, "ready": 0.375}]
+    one, = plan.late()
+    assert one.startswith("a row: with workers=2 a batch is loaded in 1.5 s, and a step takes 0.5 s; raise workers "
+                          "(--set workers=8)")
+    asked = []
+    plan.work("cutting", 3, asked.append, some=8)
+    assert asked == [range(1), range(1), range(3)] and plan.rows[-1]["times"] == 3
+    with pytest.raises(UserError, match="add --preset full and --data-root"):
+        dry_run("cmr", SimpleNamespace(preset_name="smoke"))

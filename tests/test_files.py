@@ -25,6 +25,7 @@ from facebook_nb.files import (
     write_json,
     write_weights,
 )
+from facebook_nb.inputs import write_rows
 from tests.conftest import ROOT
 
 
@@ -255,8 +256,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (65536, before[1]))
         for write in (lambda: write_json(tmp_path / "a.json", ["x" * 1000] * 200),
                       lambda: write_weights(tmp_path / "a.safetensors", {"a": torch.ones(99999)}),
-                      lambda: write_image(tmp_path / "a.png", noise)):
-            with pytest.raises(UserError, match=r"a\.\w+: not written, for .*; make room") as caught:
+                      lambda: write_image(tmp_path / "a.png", noise),
+                      lambda: write_rows(tmp_path, [{"input": "x" * 200}] * 2000)):
+            with pytest.raises(UserError, match=r"(a|results)\.\w+: not written, for .*; make room") as caught:
                 write()
             assert "\n" not in str(caught.value)
     finally:

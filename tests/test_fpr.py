@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from typer.testing import CliRunner
 
-from facebook_nb import fpr
+from facebook_nb import cli, fpr
 from facebook_nb.experiment import Claim, Report
 from facebook_nb.files import UserError, read_json, read_weights, write_image
 from facebook_nb.fpr import MATCHED, OURS, PENALTIES, Config, HeadSettings, Penalty
@@ -508,6 +509,16 @@ def test_the_full_preset_runs_on_the_real_formats_with_one_process_and_two(store
     two = [torch.load(tmp_path / f"full-{rank}.pt") for rank in range(2)]
     assert two[0] == two[1] and [*two[0]] == [OURS]
     assert list((tmp_path / "two" / "work").rglob("step-*.safetensors"))
+
+
+def test_a_dry_run_tells_what_full_would_take(stored, monkeypatch):
+    monkeypatch.setitem(fpr.NETWORKS, "tiny", lambda: SmallResNet(512, 2, 112))
+    told = CliRunner().invoke(cli.app, [
+        "run", "fpr", "--preset", "full", "--data-root", str(stored), "--devices", "2", "--dry-run",
+        *(x for k, v in SETTINGS.items() for x in ("--set", f"{k}={v}"))])
+    for words in ("12 images, 6 people", "a row", "fpr: of 2 devices", "in all"):
+        assert words in told.stdout, told.output
+    assert told.exit_code == 0 or "raise workers (--set workers=" in str(told.exception)    # as fast as it is today
 
 
 def test_full_lists_what_is_missing(stored, tmp_path):

@@ -3,6 +3,8 @@ import csv
 import io
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -124,3 +126,39 @@ def test_a_npy_file_that_holds_no_array_of_numbers(tmp_path):
     (tmp_path / "good.npy").write_bytes(whole)
     for name in ("good", "missing"):            # the second is for the reader to tell
         assert Item(tmp_path / f"{name}.npy").film() == tmp_path / f"{name}.npy"
+
+
+LARGE = """
+import importlib, json, resource, sys
+import av, cv2, dlib, matplotlib.pyplot, torch, PIL.Image
+torch.set_num_threads(1)
+peak, found = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, {}
+modules = [importlib.import_module("facebook_nb." + name) for name in ("lap", "cmr")]
+libraries = peak()
+for module, name in zip(modules, ("photo.jpg", "film.mp4")):
+    row, = module.apply(name, out_dir="out")
+    found[module.__name__] = [row.get("face"), row.get("label"), row.get("error"), peak() - libraries]
+print(json.dumps(found))
+"""
+
+
+def test_a_photo_of_48_megapixels_and_a_film_in_4k_fit(tmp_path):
+    """Megabytes above the interpreter with its libraries; a chapter of faces, one of films."""
+    av = pytest.importorskip("av")
+    pytest.importorskip("dlib")
+    from matplotlib import cbook
+
+    face = Image.open(cbook.get_sample_data("grace_hopper.jpg")).convert("RGB")
+    face.resize((6000, 8000)).save(tmp_path / "photo.jpg")
+    frame = np.asarray(face.resize((3840, 2160)))
+    with av.open(str(tmp_path / "film.mp4"), "w") as file:
+        stream = file.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = 3840, 2160, "yuv420p"
+        for k in range(25):
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(np.roll(frame, 40 * k, 1), format="rgb24")))
+        file.mux(stream.encode())
+    done = subprocess.run([sys.executable, "-c", LARGE], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lap, cmr = json.loads(done.stdout.splitlines()[-1]).values()
+    assert lap[0] == "found" and lap[-1] < 600, lap
+    assert cmr[1] and cmr[-1] < 800, cmr

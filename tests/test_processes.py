@@ -172,5 +172,5 @@ def test_sigkill_of_one_of_two(context, tmp_path):
 # --- chapters ---
 
 def test_full_in_two_processes(context, tmp_path):
-    """sdd_fiqa's: test_sdd_fiqa.py and, as commands, test_readme.py."""
+    """sdd_fiqa's, as a command: test_readme.py."""
     repeat("local_relation", "full", 2, 2, random.Random(), tmp_path, context)

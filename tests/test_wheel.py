@@ -97,8 +97,9 @@ def test_apply_works_with_the_core_requirements(python, tmp_path):
 
 
 def test_running_notebooks_asks_for_the_repository(python, tmp_path):
-    done = run(python, "-m", "facebook_nb.cli", "run", "sdd_fiqa", cwd=tmp_path)
-    assert done.returncode == 2 and "clone" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    for words in (("run", "sdd_fiqa"), ("book",)):
+        done = run(python, "-m", "facebook_nb.cli", *words, cwd=tmp_path)
+        assert done.returncode == 2 and "clone" in done.stderr and len(done.stderr.strip().splitlines()) == 1
     for command in ("list", "results"):             # these need the ledger only, which the wheel holds
         done = run(python, "-m", "facebook_nb.cli", command, cwd=tmp_path)
         assert done.returncode == 0 and "cmr" in done.stdout, done.stderr
