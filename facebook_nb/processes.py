@@ -18,7 +18,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from .files import UserError, plumbing
+from .files import (
+    UserError, plumbing, progress, write_atomic)
 
 # %% ../nbs/foundations/processes.ipynb #join
 LIMIT = timedelta(hours=24)     # of waiting for the others
@@ -227,8 +228,6 @@ def in_parts(n: int, work: Callable, folder: Path | None = None,
     None: nowhere. size: of a part. Returns one array, to every process.
     """
     import numpy as np
-
-    from .files import progress, write_atomic
 
     starts, done = range(0, n, size), {}
     for start in progress(starts[rank()::count()], label=label):

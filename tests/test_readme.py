@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import cbook
 
 from facebook_nb import sdd_fiqa
 from facebook_nb.files import read_json
@@ -70,7 +71,7 @@ def repository(place: Path) -> None:
     (place / "_toc.yml").write_text("format: jb-book\nroot: nbs/index\nchapters:\n" + "".join(
         f"  - file: nbs/chapters/{c}\n" for c in chapters))
     (place / "photos").mkdir()
-    shutil.copy(ROOT / "docs/chapter.png", place / "photos")
+    shutil.copy(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False), place / "photos")
 
 
 def environment(place: Path) -> None:
