@@ -22,10 +22,10 @@ __all__ = ['FRAME', 'DROP', 'KINDS', 'SURROGATES', 'KINDRED', 'JUDGE', 'FARS', '
 
 # %% ../nbs/chapters/adv_makeup.ipynb #imports
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -236,7 +236,7 @@ class Sources(NamedTuple):
     def n(self) -> int:
         return len(self.box)
 
-    def rows(self, index) -> "Sources":
+    def rows(self, index: Tensor) -> "Sources":
         return Sources(*(part[index] for part in self))
 
 # %% ../nbs/chapters/adv_makeup.ipynb #make_sources
@@ -371,7 +371,8 @@ class Encoder(nn.Module):
             torch.ones(2 * n), torch.zeros(2 * n)])
         self.vars_bn_enc = _stats(2 * n)
 
-    def forward(self, x: Tensor, weights=None, training=None):
+    def forward(self, x: Tensor, weights: Sequence[Tensor] | None = None,
+                training: bool | None = None) -> tuple[Tensor, Tensor]:
         w = [*self.vars_enc] if weights is None else weights
         training = self.training if training is None else training
         f1 = F.conv2d(x, w[0], w[1], 2, 2)
@@ -393,7 +394,9 @@ class Decoder(nn.Module):
             [*parts, _kaiming(3, n, 3, 3), torch.zeros(3)])
         self.vars_bn_dec = _stats(2 * n, n, n)
 
-    def forward(self, f1: Tensor, f2: Tensor, weights=None, training=None):
+    def forward(self, f1: Tensor, f2: Tensor,
+                weights: Sequence[Tensor] | None = None,
+                training: bool | None = None) -> Tensor:
         w = [*self.vars_dec] if weights is None else weights
         training = self.training if training is None else training
         s = [*self.vars_bn_dec]
@@ -426,7 +429,8 @@ class Generator(nn.Module):
     def stats(self) -> list[Tensor]:
         return [*self.encoder.vars_bn_enc, *self.decoder.vars_bn_dec]
 
-    def forward(self, x: Tensor, weights=None, training=None) -> Tensor:
+    def forward(self, x: Tensor, weights: Sequence[Tensor] | None = None,
+                training: bool | None = None) -> Tensor:
         w = self.weights if weights is None else weights
         f1, f2 = self.encoder(x, w[:6], training)
         return self.decoder(f1, f2, w[6:], training)
@@ -549,7 +553,8 @@ def style_loss(new: list[Tensor], old: list[Tensor]) -> Tensor:
     return torch.stack(each).mean()
 
 # %% ../nbs/chapters/adv_makeup.ipynb #aim
-def aim(network, at: Tensor, dodge: bool = False) -> Callable:
+def aim(network: Callable[[Tensor], Tensor], at: Tensor,
+        dodge: bool = False) -> Callable:
     """The attack loss of one recogniser, an image at a time.
 
     network: maps (B, 3, H, W) in [-1, 1] to embeddings of any length; at:
@@ -634,7 +639,8 @@ class Weights:
     variation: float = 1.0
 
 
-def optimisers(G, D, rate: float = 1e-3, other: float = 4e-4) -> tuple:
+def optimisers(G: nn.Module, D: nn.Module, rate: float = 1e-3,
+               other: float = 4e-4) -> tuple:
     """Adam for both, as released; made anew when the rate falls."""
     make = lambda parameters, r: torch.optim.Adam(
         parameters, r, (0.5, 0.999), weight_decay=1e-4,
@@ -643,10 +649,10 @@ def optimisers(G, D, rate: float = 1e-3, other: float = 4e-4) -> tuple:
 
 # %% ../nbs/chapters/adv_makeup.ipynb #iteration
 def iteration(
-    G: Generator, D: Discriminator, to_G, to_D, src: Sources, rows: Tensor,
-    real: Tensor, aims: Mapping, crew: Crew, style: Style,
-    grams: list[Tensor], weights: Weights, eta: float,
-    residual: bool = False,
+    G: Generator, D: Discriminator, to_G: torch.optim.Optimizer,
+    to_D: torch.optim.Optimizer, src: Sources, rows: Tensor, real: Tensor,
+    aims: Mapping, crew: Crew, style: Style, grams: list[Tensor],
+    weights: Weights, eta: float, residual: bool = False,
 ) -> dict[str, Tensor]:
     """One step of the discriminator, then one of the generator.
 
@@ -1096,7 +1102,8 @@ def clues(x: Tensor, mask: Tensor) -> np.ndarray:
     return torch.cat(out, 1).double().numpy()
 
 
-def detector_auc(clean, attacked, clean_test, attacked_test) -> float:
+def detector_auc(clean: np.ndarray, attacked: np.ndarray,
+                 clean_test: np.ndarray, attacked_test: np.ndarray) -> float:
     """AUC of a logistic regression on clues; the test people are others."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -1811,7 +1818,8 @@ _SIGNS = {"encoder": "vars_enc.0", "decoder": "vars_dec.0",
 SIDES = {"ir152": 112, "irse50": 112, "mobile_face": 112, "facenet": 160}
 
 
-def load_official(weights, network: str | None = None) -> nn.Module:
+def load_official(weights: str | Path | Mapping,
+                  network: str | None = None) -> nn.Module:
     """A network of the authors with their weights, in eval mode.
 
     weights: a path, or name → tensor or array; network: one of OFFICIAL or
@@ -1887,7 +1895,8 @@ def _painted(src: Sources, target: Tensor, state: Mapping, nets: dict,
     return synthesise(G, src, c.residual)
 
 # %% ../nbs/chapters/adv_makeup.ipynb #apply
-def apply(inputs, weights=None, out_dir=None,
+def apply(inputs: object, weights: str | Path | Mapping | None = None,
+          out_dir: str | Path | None = None,
           iterations: int = 60) -> list[dict]:
     """Make-up for one or more SOURCE pictures towards the last, the TARGET.
 
@@ -2077,7 +2086,8 @@ class Resized(nn.Module):
             x, (self.side, self.side), mode="bilinear"))
 
 
-def official_recognisers(root: Path, names=RECOGNISERS) -> dict:
+def official_recognisers(root: Path,
+                         names: Sequence[str] = RECOGNISERS) -> dict:
     """The public checkpoints in root/models, ready for faces of any size."""
     return {n: Resized(load_official(Path(root) / "models" / f"{n}.pth", n),
                        SIDES[n]) for n in names}
@@ -2116,12 +2126,14 @@ class StreamedSources:
     found: the set; files: of its part; side, drop: as in `make_sources`.
     """
 
-    def __init__(self, found: MakeupSet, files, side, drop: float, device):
+    def __init__(self, found: MakeupSet, files: Sequence[Path],
+                 side: tuple[int, int], drop: float,
+                 device: str | torch.device):
         self.found, self.files, self.side = found, list(files), side
         self.drop, self.device, self.n = drop, device, len(self.files)
         self.read = functools.lru_cache(1000)(read_image)
 
-    def rows(self, index) -> Sources:
+    def rows(self, index: Tensor | Sequence[int]) -> Sources:
         paths = (self.files[index] if isinstance(index, slice)
                  else [self.files[int(i)] for i in index])
         faces = [_picture(p, self.read) for p in paths]
@@ -2170,7 +2182,8 @@ def full_target(config: Config, limits: Mapping, name: str) -> dict:
             for row, s in scores.items() for f in FARS}
 
 
-def full_targets(config: Config, limits: Mapping, names, folder=None) -> dict:
+def full_targets(config: Config, limits: Mapping, names: Sequence[str],
+                 folder: Path | None = None) -> dict:
     """`full_target` of each, (targets,) arrays; the processes share them."""
     keys = [f"{row}|{f:g}" for row in ("clean", OURS) for f in FARS]
 
@@ -2181,7 +2194,7 @@ def full_targets(config: Config, limits: Mapping, names, folder=None) -> dict:
     return dict(zip(keys, in_parts(len(names), some, folder, 1, "targets").T))
 
 
-def rehearse(config: Config, plan) -> None:
+def rehearse(config: Config, plan: Any) -> None:
     """The works of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
     found = check_full(config)
     names = [p.stem for p in found.files["target"][:config.targets]]

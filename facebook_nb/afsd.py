@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from facebook_nb.experiment import (
-    Check, Report, RunFolder, Settings, decide, is_main, seed_everything,
+    Check, Claim, Report, RunFolder, Settings, decide, is_main, seed_everything,
     weights_file)
 from .files import (
     DataCheck, UserError, load_strict, progress, read_about, read_metadata,
@@ -47,10 +47,10 @@ from .models.i3d import (  # noqa: F401
     I3D, Conv, block, load_trunk, same_padded)
 from .processes import in_parts
 from facebook_nb.readers.localisation import (  # noqa: F401
-    THUMOS14, Footage, find_localisation, frames_at, read_activitynet,
+    Labelled, THUMOS14, Footage, find_localisation, frames_at, read_activitynet,
     seconds_at, timeline)
 from .readers.video import open_clip
-from .training import Recipe, constant, fit, one_cycle
+from .training import History, Recipe, constant, fit, one_cycle
 from .worlds.motion import ACTIONS, motion_energy, untrimmed
 
 # %% ../nbs/chapters/afsd.ipynb #Config
@@ -104,7 +104,8 @@ def boundary_windows(left: Tensor, right: Tensor, width: Tensor) -> Tensor:
                        -1).round()
 
 # %% ../nbs/chapters/afsd.ipynb #proposal_windows
-def priors(lengths: Sequence[int], device=None) -> Tensor:
+def priors(lengths: Sequence[int],
+           device: str | torch.device | None = None) -> Tensor:
     """Places of the positions of all levels in the clip: (P,) in (0, 1)."""
     return torch.cat([(torch.arange(t, device=device) + 0.5) / t
                       for t in lengths])
@@ -490,7 +491,8 @@ class AFSD(nn.Module):
         return self.detector.salient(self._maps(clip))
 
 # %% ../nbs/chapters/afsd.ipynb #assign
-def pad_truth(truth: Sequence, device=None) -> Tensor:
+def pad_truth(truth: Sequence,
+              device: str | torch.device | None = None) -> Tensor:
     """Rows (start, end, class) of each clip, as (B, G, 3), class 0 for none."""
     rows = [torch.as_tensor(t, dtype=torch.float32,
                             device=device).reshape(-1, 3) for t in truth]
@@ -522,7 +524,8 @@ def assign(c: Tensor, truth: Tensor, frames: int,
     return label, torch.stack([take(left), take(right)], -1)
 
 
-def anet_ranges(lengths: Sequence[int], device=None) -> Tensor:
+def anet_ranges(lengths: Sequence[int],
+                device: str | torch.device | None = None) -> Tensor:
     """Lengths each of six levels is responsible for: (P, 2) frames."""
     table = torch.tensor([[0, 30], [15, 60], [30, 120], [60, 240],
                           [96, 768], [256, 768]], device=device)
@@ -603,7 +606,7 @@ def detection_losses(out: Output, label: Tensor, target: Tensor,
                   mean(fit, on, on))
 
 # %% ../nbs/chapters/afsd.ipynb #activation_losses
-def boundary_targets(segments, frames: int) -> Tensor:
+def boundary_targets(segments: np.ndarray | Tensor, frames: int) -> Tensor:
     """Bands around starts and ends, frames: (n, 2) -> (2, F) of 0 and 1."""
     seg = torch.as_tensor(segments, dtype=torch.float64).reshape(-1, 2)
     half = ((seg[:, 1] - seg[:, 0]) / 10).clamp(min=2) / 2
@@ -646,9 +649,9 @@ class Insertion(NamedTuple):
     pieces: np.ndarray
 
 
-def insert_background(segments, w: float, frames: int,
-                      draw: Callable[[int], int], strict: bool = True
-                      ) -> Insertion | None:
+def insert_background(segments: np.ndarray | Tensor, w: float, frames: int,
+                      draw: Callable[[int], int],
+                      strict: bool = True) -> Insertion | None:
     """Cut an action and move w frames of background into the cut.
 
     segments: (n, 2) frames; draw(n): a random integer below n, asked for the
@@ -708,8 +711,8 @@ def contrast_loss(maps: Sequence[Tensor], pieces: Tensor, stride: int,
                    maps, pieces, stride)))
 
 # %% ../nbs/chapters/afsd.ipynb #total_loss
-def total_loss(losses: Losses, start: Tensor, end: Tensor, contrast=0.0,
-               lam: float = 10.0) -> Tensor:
+def total_loss(losses: Losses, start: Tensor, end: Tensor,
+               contrast: Tensor | float = 0.0, lam: float = 10.0) -> Tensor:
     """The weighted sum that is minimised; lam: 10 THUMOS14, 1 ActivityNet."""
     return (lam * (losses.loc + losses.ref_loc) + losses.cls
             + losses.ref_cls + losses.quality + start + end + 0.1 * contrast)
@@ -786,7 +789,7 @@ def pair_losses(ends: Tensor, kind: Tensor, wanted: Tensor, label: Tensor
             F.cross_entropy(kind, label))
 
 
-def pair_objective(net, batch) -> dict:
+def pair_objective(net: nn.Module, batch: Mapping) -> dict:
     """The loss of a batch of `Clips`, and its two terms."""
     ends, kind = (v.float() for v in net(batch["x"]))
     frames = priors([kind.shape[2]], kind.device)
@@ -903,8 +906,8 @@ def clip_offsets(count: int, frames: int = 256, stride: int = 30
     return [*range(0, last + 1, stride), *[last] * bool(last % stride)]
 
 
-def cut_clips(count: int, actions, frames: int = 256, stride: int = 30
-              ) -> list[tuple[int, np.ndarray]]:
+def cut_clips(count: int, actions: np.ndarray, frames: int = 256,
+              stride: int = 30) -> list[tuple[int, np.ndarray]]:
     """Training clips of a video: (first frame, actions in the clip).
 
     actions: (n, 3) start, end (frames, counted from 1), class; one that does
@@ -976,7 +979,8 @@ class Clips:
                 "wanted": torch.stack(wanted), "pieces": pieces}
 
 # %% ../nbs/chapters/afsd.ipynb #objective
-def contrast_term(net, batch, step: int = 0):
+def contrast_term(net: nn.Module, batch: Mapping,
+                  step: int = 0) -> Tensor | None:
     """The triplet loss on a batch's cut clips; None without any."""
     if not len(batch["cut"]):
         return None
@@ -984,8 +988,8 @@ def contrast_term(net, batch, step: int = 0):
     return contrast_loss(maps, batch["pieces"], net.detector.stride)
 
 
-def objective(net, batch, step: int, row: Row, plan: Plan, lam: float,
-              contrast: bool) -> dict:
+def objective(net: nn.Module, batch: Mapping, step: int, row: Row, plan: Plan,
+              lam: float, contrast: bool) -> dict:
     """The loss and its terms. contrast: the triplet is one of them."""
     if row.pairs:
         return pair_objective(net, batch)
@@ -1028,7 +1032,7 @@ def _optimizer(config: Config, net: nn.Module):
 
 
 def train(config: Config, net: nn.Module, row: Row, clips: Clips, seed: int,
-          steps: int | None, folder: Path | None = None):
+          steps: int | None, folder: Path | None = None) -> History:
     """Train on clips (see `fit`). Returns the history.
 
     steps: of the optimiser; None: as many as config.epochs take.
@@ -1157,10 +1161,10 @@ def thinned(segments: Tensor, scores: Tensor, sigma: float = 0.5,
 
 
 @torch.no_grad()
-def detect(*streams: Output, offsets, fps: float, frames: int = 256,
-           sigma: float = 0.5, lowest: float = 0.01, floor: float = 0.001,
-           top_k: int = 5000, keep_last: bool = True,
-           geometric: bool = False) -> Detections:
+def detect(*streams: Output, offsets: np.ndarray | Tensor | Sequence[int],
+           fps: float, frames: int = 256, sigma: float = 0.5,
+           lowest: float = 0.01, floor: float = 0.001, top_k: int = 5000,
+           keep_last: bool = True, geometric: bool = False) -> Detections:
     """Detections of one video, ordered by class, then clip and position.
 
     streams: an Output each, with the video's clips as the batch. offsets:
@@ -1217,9 +1221,9 @@ def scan_pairs(net: PairNet, read: Callable, times: np.ndarray, plan: Plan,
 
 
 @torch.no_grad()
-def scan(net, read: Callable, times: np.ndarray, plan: Plan,
-         row: Row, batch: int = 8, lowest: float = 0.01,
-         floor: float = 0.001, half: bool = False) -> Detections:
+def scan(net: nn.Module, read: Callable, times: np.ndarray, plan: Plan,
+         row: Row, batch: int = 8, lowest: float = 0.01, floor: float = 0.001,
+         half: bool = False) -> Detections:
     """Detections of a video of any length, in seconds.
 
     read(first): a clip, as `Clips` has it; times: (n,) seconds of the
@@ -1313,8 +1317,8 @@ class Exchanged:
 
 
 @torch.no_grad()
-def inside(net, row: Row, data: Sequences, stride: int, most: int = 60
-           ) -> dict:
+def inside(net: nn.Module, row: Row, data: Sequences, stride: int,
+           most: int = 60) -> dict:
     """Measurements of a trained row on clips of sequences; see the text."""
     clips = clips_of(data, row._replace(contrast=False), stride)
     pick = range(0, len(clips), max(1, len(clips) // most))
@@ -1425,7 +1429,8 @@ def test_row(config: Config, world: str, name: str, seed: int,
             **{f"found.{k}": v for k, v in found.items()}}
 
 # %% ../nbs/chapters/afsd.ipynb #check_data
-def find_data(root, flow: bool = False):
+def find_data(root: str | Path,
+              flow: bool = False) -> tuple[str, Sequence[str], list, list]:
     """(layout, classes, training videos, test videos) below a folder."""
     try:
         return find_localisation(root, flow)
@@ -1433,7 +1438,7 @@ def find_data(root, flow: bool = False):
         raise UserError(f"afsd: {error}") from None
 
 
-def footage(video, plan: Plan, flow: bool = False) -> Footage:
+def footage(video: Labelled, plan: Plan, flow: bool = False) -> Footage:
     """A `Labelled` video in clips, as a plan wants them."""
     return Footage(video.path, plan.frames, None if plan.anet else plan.fps,
                    video.duration, flow)
@@ -1472,7 +1477,8 @@ class Videos:
                 "label": label.clip(max=1) if self.plan.anet else label,
                 "segment": np.concatenate([v.segments for v in rows])}
 
-    def find(self, net, row: Row, folder: Path | None = None) -> dict:
+    def find(self, net: nn.Module, row: Row,
+             folder: Path | None = None) -> dict:
         """Detections of all test videos; see `in_parts`."""
         def one(i: int) -> np.ndarray:
             f = self.test[i][1]
@@ -1506,13 +1512,13 @@ def run_videos(config: Config, name: str, seed: int, folder: Path) -> dict:
             "loss": history.losses["loss"], **weights_of(net)}
 
 
-def rehearse(config: Config, plan) -> None:
+def rehearse(config: Config, plan: Any) -> None:
     """The trainings of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
     plan.training("a row", len(config.rows) * config.n_seeds, run_videos,
                   config, config.rows[-1], config.seed, None)
 
 
-def check_data(data_root, flow: bool = False) -> DataCheck:
+def check_data(data_root: str | Path, flow: bool = False) -> DataCheck:
     """Look for THUMOS14 or ActivityNet-1.3 with videos, arrays or frames."""
     try:
         layout, classes, *parts = find_data(data_root, flow)
@@ -1592,7 +1598,8 @@ COMPARED = (                        # row, its rival, metric, what is claimed
      "So it is when classes do not count, at tIoU 0.7"))
 
 
-def claims(metrics: Mapping, worlds: Sequence[str]):
+def claims(metrics: Mapping,
+           worlds: Sequence[str]) -> tuple[Claim, list[Claim]]:
     """The claim (in the first world) and the findings, in each world."""
     found = []
     for world in worlds or [""]:
@@ -1652,8 +1659,9 @@ def mechanism(metrics: Mapping, worlds: Sequence[str]) -> list[Check]:
     return checks
 
 # %% ../nbs/chapters/afsd.ipynb #draw_timeline
-def draw_timeline(axes, found: Detections, classes: Sequence[str],
-                  truth: Detections | None = None, colour="#0072B2"):
+def draw_timeline(axes: object, found: Detections, classes: Sequence[str],
+                  truth: Detections | None = None,
+                  colour: str = "#0072B2") -> None:
     """Bars of detections (their score is the opacity), a row a class.
 
     truth: drawn as outlines. classes: names of labels 1, 2, …
@@ -1677,7 +1685,8 @@ def draw_timeline(axes, found: Detections, classes: Sequence[str],
     axes.grid(False, axis="y")
 
 
-def save_timeline(path, found: Detections, classes, end: float) -> None:
+def save_timeline(path: str | Path, found: Detections, classes: Sequence[str],
+                  end: float) -> None:
     """A timeline of `end` seconds as a PNG."""
     from matplotlib.figure import Figure
 
@@ -1725,7 +1734,8 @@ def run(config: Config) -> Report:
     return report
 
 
-def steps_of(config: Config, folder, world: str, row: str, seed: int) -> dict:
+def steps_of(config: Config, folder: RunFolder, world: str, row: str,
+             seed: int) -> dict:
     """What the steps of a row give."""
     plain = "".join(c if c.isalnum() else "-" for c in row)
     if config.data != "world":
@@ -1739,7 +1749,8 @@ def steps_of(config: Config, folder, world: str, row: str, seed: int) -> dict:
     return {**done, **tested}
 
 
-def leave_weights(config: Config, arrays: Mapping, classes, path: Path):
+def leave_weights(config: Config, arrays: Mapping, classes: Sequence[str],
+                  path: Path) -> None:
     """The first seed's last row, to be applied and shipped."""
     row = config.rows[-1]
     world = config.worlds[0] if config.data == "world" else ""
@@ -1754,7 +1765,8 @@ def leave_weights(config: Config, arrays: Mapping, classes, path: Path):
                   {"about": json.dumps(about)})
 
 # %% ../nbs/chapters/afsd.ipynb #load_network
-def load_network(weights=None) -> tuple[nn.Module, dict]:
+def load_network(weights: str | Path | Mapping | None = None
+                ) -> tuple[nn.Module, dict]:
     """A network in eval mode, and what is known of it.
 
     weights: of a run, the authors' checkpoint, or None for those of the
@@ -1785,7 +1797,7 @@ def load_network(weights=None) -> tuple[nn.Module, dict]:
     return load_strict(net, path).eval(), about
 
 # %% ../nbs/chapters/afsd.ipynb #motion_of
-def motion_of(source, stride: int = 2) -> tuple[Tensor, np.ndarray]:
+def motion_of(source: object, stride: int = 2) -> tuple[Tensor, np.ndarray]:
     """Motion-energy features of a film, and the seconds of its ticks.
 
     source: see `open_clip`. Grey pictures of 32×32, read in pieces. Returns
@@ -1813,7 +1825,8 @@ def motion_of(source, stride: int = 2) -> tuple[Tensor, np.ndarray]:
     return features_of(np.stack(pictures), stride), times[: len(index)]
 
 
-def search_video(net, about: Mapping, source) -> tuple[Detections, float]:
+def search_video(net: nn.Module, about: Mapping,
+                 source: object) -> tuple[Detections, float]:
     """Detections of a film, the best first, and its length in seconds."""
     plan, row = PLANS[about["network"]], ROWS[about["row"]]
     if about["network"] == "small":
@@ -1836,7 +1849,8 @@ FILMS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".m4v",
          ".gif", ".npy")
 
 
-def apply(inputs, weights=None, out_dir=None, least: float = 0.1,
+def apply(inputs: object, weights: str | Path | Mapping | None = None,
+          out_dir: str | Path | None = None, least: float = 0.1,
           most: int = 100) -> list[dict]:
     """Actions of films.
 
@@ -1866,7 +1880,8 @@ def apply(inputs, weights=None, out_dir=None, least: float = 0.1,
     return apply_each(inputs, judge, out_dir, FILMS, about["learnt"])
 
 # %% ../nbs/chapters/afsd.ipynb #benchmark
-def literal_loop(x, S):
+def literal_loop(x: Sequence[Sequence[float]],
+                 S: Sequence[Sequence[float]]) -> list:
     """Eq. afsd-bmp as loops over lists; forward alone. x: (C, T)."""
     x, out = x.tolist(), []
     S = S.long().clamp(0, len(x[0]) - 1).tolist()
@@ -1909,7 +1924,8 @@ def _peak_bytes(work: Callable, on_gpu: bool) -> int:
     return int(np.cumsum(sizes).max(initial=0))
 
 
-def benchmark(T: int = 256, C: int = 512, N: int = 1000, device="cpu",
+def benchmark(T: int = 256, C: int = 512, N: int = 1000,
+              device: str | torch.device = "cpu",
               repeats: int = 5) -> list[dict]:
     """Seconds and peak bytes of each form of boundary_max_pool.
 
@@ -1949,7 +1965,8 @@ def benchmark(T: int = 256, C: int = 512, N: int = 1000, device="cpu",
     return rows
 
 # %% ../nbs/chapters/afsd.ipynb #load_official
-def load_official(weights, network: str | None = None) -> AFSD:
+def load_official(weights: str | Path | Mapping,
+                  network: str | None = None) -> AFSD:
     """The authors' network with their weights, in eval mode.
 
     weights: a file or a mapping, 442 entries (`num_batches_tracked` may be

@@ -27,7 +27,8 @@ from concurrent.futures import (
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from types import ModuleType
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -87,7 +88,7 @@ def has_code(notebook: Path) -> bool:
         cell["cell_type"] == "code" for cell in read_json(notebook)["cells"])
 
 
-def chapter_module(chapter: str):
+def chapter_module(chapter: str) -> ModuleType:
     """The chapter's module. UserError when there is none (yet)."""
     if chapter not in CHAPTERS:
         raise UserError(f"no chapter {chapter!r}; "
@@ -167,7 +168,8 @@ def _cores() -> int:
         os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def on_all_cores(function, jobs: Mapping[str, tuple], say=print) -> dict:
+def on_all_cores(function: Callable[..., Outcome], jobs: Mapping[str, tuple],
+                 say: Callable[[str], object] = print) -> dict:
     """name → `function(*job)`, an Outcome each, one core a job.
 
     A line is said as each ends. A worker that dies is an Outcome too.
@@ -215,7 +217,8 @@ def _alone(notebook, done, parameters) -> Outcome:
     return execute(notebook, done, parameters, threads=1)
 
 
-def execute_all(jobs: Iterable[tuple], say=print) -> list[Outcome]:
+def execute_all(jobs: Iterable[tuple],
+                say: Callable[[str], object] = print) -> list[Outcome]:
     """Run (notebook, done, parameters) jobs, as many at once as cores.
 
     Returns the outcomes in the jobs' order.
@@ -263,7 +266,7 @@ def store(done: Path, source: Path, mark: Mapping) -> None:
 class Chapters(TyperGroup):
     """A command for each chapter; a slip is one line."""
 
-    def get_command(self, ctx, name):
+    def get_command(self, ctx: typer.Context, name: str) -> Any:
         if name not in CHAPTERS:
             raise UserError(f"no chapter {name!r}; "
                             f"there are {', '.join(CHAPTERS)}")
@@ -343,7 +346,7 @@ def _version(asked: bool) -> None:
 @app.callback()
 def main_options(version: Annotated[bool, typer.Option(
         "--version", callback=_version, is_eager=True,
-        help="Show the version and end.")] = False):
+        help="Show the version and end.")] = False) -> None:
     """Ten 2021 papers on faces and video, reproduced in notebooks."""
 
 # %% ../nbs/foundations/cli.ipynb #list
@@ -356,7 +359,7 @@ def _state(entry: Mapping | None) -> str:
 
 
 @app.command("list")
-def list_chapters():
+def list_chapters() -> None:
     """The chapters, and what the ledger says of them."""
     entries = {chapter: read_ledger(chapter) for chapter in CHAPTERS}
     _say_table(("chapter", "paper", "claim", "book preset"), [
@@ -436,10 +439,10 @@ class Rehearsal:
     and the long works beside them.
     """
 
-    def __init__(self, module, config):
+    def __init__(self, module: ModuleType, config: Any):
         self.module, self.devices, self.rows = module, config.devices, []
 
-    def training(self, name: str, times: int, function: Callable, *args,
+    def training(self, name: str, times: int, function: Callable, *args: object,
                  at: int = 0) -> None:
         """`function(*args)` up to its call of `fit` number `at`.
 
@@ -510,7 +513,7 @@ def _hours(hours: float) -> str:
             if hours > 1 / 60 else f"{3600 * hours:.2g} s")
 
 
-def dry_run(chapter: str, config) -> None:
+def dry_run(chapter: str, config: Any) -> None:
     """What preset full would find, do and take; see `Rehearsal`.
 
     Raises UserError where loading would keep the devices waiting.
@@ -572,7 +575,7 @@ def run(chapters: Annotated[list[str], typer.Argument(
         devices: Devices = 1, out_dir: OutDir = None, set_: Set = None,
         resume: Resume = False, only_tell: Annotated[bool, typer.Option(
             "--dry-run", help="Only tell what preset full would find and "
-            "take, measured on a few steps.")] = False):
+            "take, measured on a few steps.")] = False) -> None:
     """Execute chapters through papermill, and show what they measured."""
     root = book_root()
     overrides = _overrides(set_)
@@ -647,7 +650,7 @@ def _say_run(outcome: Outcome, folder: Path) -> None:
 @app.command()
 def train(chapter: str, preset: Preset = "full", data_root: DataRoot = None,
           seed: Seed = 0, out_dir: OutDir = None, set_: Set = None,
-          resume: Resume = False):
+          resume: Resume = False) -> None:
     """The experiment without the notebook, for accelerate launch, torchrun.
 
     `facebook-nb run … --resume` on the same folder then shows it.
@@ -761,7 +764,7 @@ def _say_rows(rows: list[dict]) -> None:
 
 # %% ../nbs/foundations/cli.ipynb #results
 @app.command()
-def results(as_json: Annotated[bool, typer.Option("--json")] = False):
+def results(as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """What the ledger holds: claim, verdict, effect, cost, device."""
     entries = [e for c in CHAPTERS if (e := read_ledger(c))]
     if as_json:
@@ -777,7 +780,7 @@ def results(as_json: Annotated[bool, typer.Option("--json")] = False):
 @data_app.command("check")
 def data_check(chapter: Annotated[str, typer.Argument(metavar="CHAPTER")],
                data_root: DataRoot = None, preset: Preset = "full",
-               set_: Set = None):
+               set_: Set = None) -> None:
     """Look through the data for a chapter before a long run starts.
 
     Ends with 0 exactly when that preset would start on it.
@@ -813,7 +816,7 @@ def _emptied(folder: Path) -> Path:
 
 
 @app.command()
-def tour():
+def tour() -> None:
     """Every chapter at preset smoke, as many at once as there are cores."""
     root = book_root()
     place = _emptied(root / "runs" / "tour")
@@ -914,7 +917,7 @@ def reproduce(
             "--dry-run", help="Only say what would be done.")] = False,
         due: Annotated[str | None, typer.Option(
             metavar="WHY", help="Store outputs of preset smoke, and say on "
-            "the page that the experiment is to be recorded.")] = None):
+            "the page that the experiment is to be recorded.")] = None) -> None:
     """Run at preset book, compare with the ledger, store the outputs.
 
     May be stopped and started again at any moment.
@@ -1067,7 +1070,7 @@ def _is_free(port: int) -> bool:
 @app.command()
 def book(serve: Annotated[bool, typer.Option(
              "--serve", help="Show the book on this machine.")] = False,
-         port: int = 8000):
+         port: int = 8000) -> None:
     """Render the book from the stored outputs."""
     root = book_root()
     if serve and not _is_free(port):

@@ -16,10 +16,10 @@ __all__ = ['ROWS', 'DEPTHS', 'MEAN', 'STD', 'CLASSES', 'WORLDS', 'MIRRORED', 'RO
 import functools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from facebook_nb.experiment import (
-    Check, Report, RunFolder, Settings, decide, is_main, seed_everything,
+    Check, Claim, Report, RunFolder, Settings, decide, is_main, seed_everything,
     weights_file)
 from .files import (
     DataCheck, UserError, load_strict, progress, read_about, read_metadata,
@@ -37,7 +37,7 @@ from .processes import in_parts
 from .readers.video import (
     ClipList, clip_indices, draw_crop, open_clip, read_kinetics, read_list,
     read_something, resize, segment_indices)
-from .training import Recipe, fit, milestones, one_cycle
+from .training import History, Recipe, fit, milestones, one_cycle
 from .worlds.motion import two_sweeps, two_swells
 
 # %% ../nbs/chapters/cmr.ipynb #Config
@@ -98,7 +98,8 @@ class Config(Settings):
     workers: int = 0
 
 # %% ../nbs/chapters/cmr.ipynb #shifted_sum
-def shifted_sum(x: Tensor, before, here, after) -> Tensor:
+def shifted_sum(x: Tensor, before: Tensor, here: Tensor,
+                after: Tensor) -> Tensor:
     """before[t]·x[t-1] + here[t]·x[t] + after[t]·x[t+1], zero outside.
 
     x: (N, T, C, H, W); the coefficients broadcast to it and have T in dim 1.
@@ -551,7 +552,8 @@ class ClipBatches:
     (B,) labels); it is drawn with torch's global generator.
     """
 
-    def __init__(self, frames, labels, T: int, move: int):
+    def __init__(self, frames: np.ndarray, labels: np.ndarray | Tensor, T: int,
+                 move: int):
         self.frames = torch.as_tensor(frames)
         self.labels = torch.as_tensor(labels)
         self.T, self.move = T, move
@@ -559,7 +561,7 @@ class ClipBatches:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitems__(self, rows: list[int]):
+    def __getitems__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         index = torch.tensor(rows)
         n, L = len(rows), self.frames.shape[1] // self.T
         t = torch.arange(self.T) * L + torch.randint(L, (n, self.T))
@@ -572,7 +574,8 @@ class ClipBatches:
 
 # %% ../nbs/chapters/cmr.ipynb #predict
 @torch.no_grad()
-def predict(network: Network, frames, order, batch: int = 50) -> np.ndarray:
+def predict(network: Network, frames: np.ndarray, order: np.ndarray | Tensor,
+            batch: int = 50) -> np.ndarray:
     """Logits (N, classes) in eval mode.
 
     frames: (N, F, H, W, 3) uint8; order: (T,) or (N, T), the frames to take.
@@ -599,7 +602,7 @@ def _checkpoint(weights) -> dict:
     return {k.removeprefix("module."): v for k, v in weights.items()}
 
 
-def load_imagenet(network: Network, weights) -> Network:
+def load_imagenet(network: Network, weights: str | Path | Mapping) -> Network:
     """Start from torchvision's ImageNet ResNet: all but `fc`, strictly.
 
     weights: a path or name -> tensor in torchvision's layout. The motion
@@ -625,8 +628,9 @@ def build(config: Config, row: str, classes: int) -> Network:
     return net
 
 
-def train(config: Config, network: Network, clips, seed: int,
-          steps: int | None, rate: float, folder: Path | None = None):
+def train(config: Config, network: Network, clips: object, seed: int,
+          steps: int | None, rate: float,
+          folder: Path | None = None) -> History:
     """Train on clips with labels (see `fit`). Returns the history."""
     if config.optimizer == "adamw":
         optimizer = torch.optim.AdamW(network.parameters(), rate, fused=True,
@@ -674,7 +678,7 @@ WORLDS = {"sweeps": two_sweeps, "swells": two_swells}
 
 @functools.lru_cache(12)
 def world_clips(world: str, seed: int, split: str, count: int, side: int,
-                clutter: int, shake: int = 0, start: int = 0):
+                clutter: int, shake: int = 0, start: int = 0) -> Any:
     """Clips of a seed's experiment; development took those of 7000 +."""
     return WORLDS[world](count, 5000 + seed, split, side, clutter=clutter,
                          shake=shake, start=start)
@@ -752,7 +756,7 @@ def motion_maps(network: Network, clips: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def inside(network: Network, parts: Parts, clips, T: int,
+def inside(network: Network, parts: Parts, clips: Any, T: int,
            most: int = 200) -> dict:
     """Measurements of the modules on clips of a world; see the text."""
     pick, found = segment_indices(24, T), {}
@@ -931,7 +935,7 @@ def timings(rows: Sequence[str]) -> dict:
         side=24, repeats=200, small=True)}
 
 # %% ../nbs/chapters/cmr.ipynb #views
-def views(clip, T: int, clips: int = 1, crops: int = 1, side: int = 224,
+def views(clip: object, T: int, clips: int = 1, crops: int = 1, side: int = 224,
           wide: tuple[int, int] = (340, 256)) -> Tensor:
     """Test views of a clip: (crops·clips, T, S, S, 3) uint8, crop by crop.
 
@@ -958,7 +962,8 @@ def views(clip, T: int, clips: int = 1, crops: int = 1, side: int = 224,
     return torch.from_numpy(np.concatenate(shaped))
 
 
-def in_colour(clip, indices, wide: tuple[int, int]) -> np.ndarray:
+def in_colour(clip: object, indices: Sequence[int] | np.ndarray,
+              wide: tuple[int, int]) -> np.ndarray:
     """Frames of a clip at `wide`, (n, height, width, 3); grey is repeated."""
     frames = clip.read(indices, wide)
     frames = frames[..., None] if frames.ndim == 3 else frames
@@ -1001,7 +1006,7 @@ class VideoBatches:
     def __len__(self) -> int:
         return len(self.found)
 
-    def __getitem__(self, i: int):
+    def __getitem__(self, i: int) -> tuple[Tensor, int]:
         clip, side = open_clip(self.found.paths[i]), self.side
         rng = np.random.default_rng(int(torch.randint(2**31, ())))
         frames = in_colour(clip, segment_indices(len(clip), self.T, rng),
@@ -1015,7 +1020,7 @@ class VideoBatches:
         return torch.from_numpy(np.ascontiguousarray(frames)), label
 
 # %% ../nbs/chapters/cmr.ipynb #find_data
-def find_data(root, kind: str) -> tuple[ClipList, ClipList]:
+def find_data(root: str | Path, kind: str) -> tuple[ClipList, ClipList]:
     """(train, test) of something, kinetics, or lists (train.txt, val.txt)."""
     if root is None:
         raise UserError("cmr: data_root is not set; say where your copy of "
@@ -1032,7 +1037,7 @@ def find_data(root, kind: str) -> tuple[ClipList, ClipList]:
     return (read_something(root, "train"), read_something(root, "validation"))
 
 
-def check_data(data_root) -> DataCheck:
+def check_data(data_root: str | Path) -> DataCheck:
     """Look for Something-Something V1 or V2, Kinetics-400 or lists."""
     root = Path(data_root)
     layouts = {"something": ["something-something-v1-labels.csv",
@@ -1099,7 +1104,7 @@ class ClipViews:
     def __len__(self) -> int:
         return len(self.found)
 
-    def __getitem__(self, i: int):
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
         return views(open_clip(self.found.paths[i]), *self.how), int(
             self.found.labels[i])
 
@@ -1142,7 +1147,7 @@ def train_videos(config: Config, row: str, seed: int, folder: Path) -> dict:
     return {**scores, "loss": history.losses["loss"], **weights_of(network)}
 
 
-def rehearse(config: Config, plan) -> None:
+def rehearse(config: Config, plan: Any) -> None:
     """The trainings of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
     plan.training("a row", len(config.rows) * config.n_seeds, train_videos,
                   config, config.rows[-1], config.seed, None)
@@ -1167,7 +1172,7 @@ COMPARED = (                    # row, its rival, metric, what is claimed
      "The clip's ends repeated in place of zeros help"))
 
 
-def claims(metrics: Mapping):
+def claims(metrics: Mapping) -> tuple[Claim, list[Claim]]:
     """The claim and the further findings, of the rows that were run."""
     found = []
     for row, other, metric, text in COMPARED:
@@ -1219,8 +1224,8 @@ def mechanism(config: Config, metrics: Mapping) -> list[Check]:
     return checks
 
 # %% ../nbs/chapters/cmr.ipynb #leave_weights
-def leave_weights(config: Config, arrays: Mapping, classes, path: Path
-                  ) -> None:
+def leave_weights(config: Config, arrays: Mapping, classes: Sequence[str],
+                  path: Path) -> None:
     """The first seed's last row, to be applied and shipped."""
     row, seed = config.rows[-1], config.seed
     prefix = f"{seed}/{row}/weight."
@@ -1279,7 +1284,8 @@ def run(config: Config) -> Report:
     return report
 
 
-def run_sweeps(config, folder, name, row, seed, keep) -> None:
+def run_sweeps(config: Config, folder: RunFolder, name: str, row: str,
+               seed: int, keep: Callable) -> None:
     """The steps of a row in the first world."""
     only = lambda done: {k: v for k, v in done.items()
                          if k.startswith("weight.")}
@@ -1302,7 +1308,8 @@ def run_sweeps(config, folder, name, row, seed, keep) -> None:
                 only(done)))
 
 
-def run_swells(config, folder, seed, keep) -> None:
+def run_swells(config: Config, folder: RunFolder, seed: int,
+               keep: Callable) -> None:
     """The steps of the second world."""
     for row in config.swell_rows:
         name = f"seed{seed}/{_plain(row)}"
@@ -1336,7 +1343,8 @@ def overlay(frames: np.ndarray, maps: np.ndarray) -> np.ndarray:
     return np.concatenate(rows).clip(0, 255).astype(np.uint8)
 
 # %% ../nbs/chapters/cmr.ipynb #load_network
-def load_network(weights=None) -> tuple[Network, dict]:
+def load_network(weights: str | Path | Mapping | None = None
+                ) -> tuple[Network, dict]:
     """A network in eval mode, and what is known of it.
 
     weights: of a run, the authors' checkpoint, or None for those of the
@@ -1363,7 +1371,8 @@ FILMS = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".mpg", ".mpeg", ".m4v",
          ".gif", ".npy")
 
 
-def apply(inputs, weights=None, out_dir=None) -> list[dict]:
+def apply(inputs: object, weights: str | Path | Mapping | None = None,
+          out_dir: str | Path | None = None) -> list[dict]:
     """Label, scores and motion maps of films.
 
     inputs: a video file, a folder of numbered frames, an array or tensor
@@ -1451,7 +1460,8 @@ def _count(state: Mapping, layer: str) -> int:
                 for k in state if layer in k.split(".")})
 
 # %% ../nbs/chapters/cmr.ipynb #load_official
-def load_official(weights, network: str | None = None) -> Network:
+def load_official(weights: str | Path | Mapping,
+                  network: str | None = None) -> Network:
     """The authors' network with their weights, in eval mode.
 
     weights: a path to their checkpoint, or name -> tensor. network: None, or

@@ -17,11 +17,11 @@ __all__ = ['RIDGE', 'POOLED', 'RANDOM', 'TRUE', 'ONCE', 'OURS', 'ROWS', 'ABLATIO
 # %% ../nbs/chapters/d2am.ipynb #imports
 import functools
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -166,10 +166,10 @@ class Extractor(nn.Module):
     "identity" F. Source: names and defaults of RFM's code.
     """
 
-    def __init__(self, stem: int = 64, blocks=((128, 196, 128),) * 3,
-                 pools=(True, True, True), stride: int = 1,
-                 drlm: bool = True, reduction: int = 16,
-                 route: str = "plus"):
+    def __init__(self, stem: int = 64,
+                 blocks: tuple[tuple[int, ...], ...] = ((128, 196, 128),) * 3,
+                 pools: tuple[bool, ...] = (True, True, True), stride: int = 1,
+                 drlm: bool = True, reduction: int = 16, route: str = "plus"):
         super().__init__()
         self.route, c = route, stem
         self.inc = nn.ModuleDict({"conv": _convs(6, stem, stride=stride)})
@@ -201,7 +201,8 @@ class Extractor(nn.Module):
 class DepthHead(nn.Module):
     """D: maps of all blocks, brought to the last one's size, to depth."""
 
-    def __init__(self, channels=(128, 128, 128), widths=(128, 64)):
+    def __init__(self, channels: tuple[int, ...] = (128, 128, 128),
+                 widths: tuple[int, ...] = (128, 64)):
         super().__init__()
         self.conv = _convs(sum(channels), *widths, 1)
 
@@ -219,7 +220,8 @@ class Embedder(nn.Module):
     "pre" or "post" the last ReLU.
     """
 
-    def __init__(self, channels: int = 128, widths=(128, 256, 512),
+    def __init__(self, channels: int = 128,
+                 widths: tuple[int, ...] = (128, 256, 512),
                  momentum: float = 0.1, mmd_on: str = "pre"):
         super().__init__()
         self.mmd_on, self.features = mmd_on, nn.Sequential()
@@ -412,7 +414,8 @@ def capped(d2: Tensor, room: int) -> Tensor:
     return label
 
 
-def balanced(x: Tensor, c: Tensor, capacity: float, rounds: int = 6):
+def balanced(x: Tensor, c: Tensor, capacity: float,
+             rounds: int = 6) -> tuple[Tensor, Tensor]:
     """k-means from centroids c (K, d), no cluster above its capacity.
 
     capacity: in fair shares n / K. Returns (n,) labels and (K, d) centroids.
@@ -462,7 +465,7 @@ def ari(a: Tensor, b: Tensor) -> float:
 def pseudo_domains(df: Tensor, y: Tensor, K: int, g: torch.Generator,
                    before: Tensor | None = None, classes: str = "apart",
                    pairing: str = "offset", standardise: bool = True,
-                   capacity: float = 1.0):
+                   capacity: float = 1.0) -> Tensor:
     """Pseudo-domain of each sample: (n,) int64 in 0..K−1.
 
     df: (n, d) domain features; y: (n,) 1 live, 0 spoof; before: last
@@ -543,7 +546,8 @@ class Terms:
     cut: bool = False                   # recompute E in the backward pass
 
 # %% ../nbs/chapters/d2am.ipynb #adapted
-def adapted(M: Embedder, thetas: list[dict], z: Tensor):
+def adapted(M: Embedder, thetas: list[dict],
+            z: Tensor) -> tuple[Tensor, Tensor]:
     """M at several parameter sets on the same maps, all at once.
 
     thetas: K−1 mappings of names to tensors, with their graphs; z: (B, C,
@@ -707,7 +711,8 @@ ABLATIONS = {
     "without DRLM": Row(drlm=False), "random, K = 6": Row("random", K=6)}
 
 # %% ../nbs/chapters/d2am.ipynb #errors
-def errors(p: np.ndarray, live: np.ndarray, threshold: float):
+def errors(p: np.ndarray, live: np.ndarray,
+           threshold: float) -> tuple[float, float, float]:
     """FAR, FRR and HTER of scores, live from the threshold on."""
     p, live = np.asarray(p, float), np.asarray(live).astype(bool)
     far = float((p[~live] >= threshold).mean())
@@ -740,7 +745,8 @@ def equal_error(p: np.ndarray, live: np.ndarray) -> float:
                  else low + 1e-6 if k else high - 1e-6)
 
 # %% ../nbs/chapters/d2am.ipynb #judge
-def judge(dev, dev_live, test, test_live) -> dict[str, float]:
+def judge(dev: np.ndarray, dev_live: np.ndarray, test: np.ndarray,
+          test_live: np.ndarray) -> dict[str, float]:
     """In %: AUC, HTER at the threshold of the source's development people,
     HTER at the target's own equal error point, and the former's AUC."""
     live, known = np.asarray(test_live) == 1, np.asarray(dev_live) == 1
@@ -904,7 +910,8 @@ def world_sets(config: Config, seed: int) -> dict[str, Collection]:
 
 # %% ../nbs/chapters/d2am.ipynb #look_at
 @torch.no_grad()
-def look_at(E: Extractor, images: Tensor, *of: str, device="cpu",
+def look_at(E: Extractor, images: Tensor, *of: str,
+            device: str | torch.device = "cpu",
             chunk: int = 256) -> list[Tensor]:
     """Style vectors of (n, 3, h, w) uint8 in evaluation mode, one a name."""
     was = E.training
@@ -918,7 +925,8 @@ def look_at(E: Extractor, images: Tensor, *of: str, device="cpu",
 
 # %% ../nbs/chapters/d2am.ipynb #predict
 @torch.no_grad()
-def predict(net: D2AM, images: Tensor, device="cpu", chunk: int = 256):
+def predict(net: D2AM, images: Tensor, device: str | torch.device = "cpu",
+            chunk: int = 256) -> tuple[Tensor, Tensor]:
     """p(live) (n,) and depth (n, 1, d, d) of (n, 3, h, w) uint8."""
     net.eval()
     parts = [net(six_channels(x.to(device))) for x in images.split(chunk)]
@@ -926,8 +934,10 @@ def predict(net: D2AM, images: Tensor, device="cpu", chunk: int = 256):
                  for i in (0, 1))
 
 # %% ../nbs/chapters/d2am.ipynb #find_domains
-def find_domains(net, row: Row, data: Collection, K: int, epoch: int,
-                 seed: int, before=None, device="cpu", capacity=1.0):
+def find_domains(net: D2AM, row: Row, data: Collection, K: int, epoch: int,
+                 seed: int, before: Tensor | None = None,
+                 device: str | torch.device = "cpu",
+                 capacity: float = 1.0) -> Tensor | None:
     """The partition of an epoch: (n,) int64, or None for mixed batches."""
     g, n = generator(seed, "domains", epoch), len(data.live)
     if row.domains == "none":
@@ -948,8 +958,9 @@ def find_domains(net, row: Row, data: Collection, K: int, epoch: int,
 
 # %% ../nbs/chapters/d2am.ipynb #reestimate
 @torch.no_grad()
-def reestimate(net: D2AM, images: Tensor, g: torch.Generator, device="cpu",
-               batch: int = 64, enough: int = 512) -> None:
+def reestimate(net: D2AM, images: Tensor, g: torch.Generator,
+               device: str | torch.device = "cpu", batch: int = 64,
+               enough: int = 512) -> None:
     """Running statistics anew, from mixed batches of (n, 3, h, w) uint8.
 
     Those of training are averages over single domains: they lack what lies
@@ -971,7 +982,8 @@ def reestimate(net: D2AM, images: Tensor, g: torch.Generator, device="cpu",
 
 # %% ../nbs/chapters/d2am.ipynb #train
 def train(config: Config, row: Row, data: Collection, seed: int,
-          folder: Path | None = None, watch=None):
+          folder: Path | None = None,
+          watch: Callable | None = None) -> tuple[D2AM, np.ndarray]:
     """Train a row on a collection; `watch(epoch, net, domain)` looks on.
 
     Returns the network, and the classification loss of each epoch, (epochs,).
@@ -1021,7 +1033,9 @@ def train(config: Config, row: Row, data: Collection, seed: int,
     return net.eval(), np.array(curve)
 
 # %% ../nbs/chapters/d2am.ipynb #probe_accuracy
-def probe_accuracy(f, y, test_f, test_y) -> float:
+def probe_accuracy(f: np.ndarray | Tensor, y: np.ndarray | Tensor,
+                   test_f: np.ndarray | Tensor,
+                   test_y: np.ndarray | Tensor) -> float:
     """How well a fresh linear reader tells live from spoof, in %.
 
     f: (n, d) features to learn on, y: (n,) 1 or 0. Ridge regression on
@@ -1041,7 +1055,8 @@ TRACES = ("NMI to site", "NMI to session", "NMI to class", "ARI to site",
           "NMI to last epoch", "smallest cluster")
 
 
-def clustering_scores(domain, data: Collection, before=None) -> list:
+def clustering_scores(domain: np.ndarray | Tensor, data: Collection,
+                      before: np.ndarray | Tensor | None = None) -> list:
     """As in TRACES; the smallest cluster of a class, in fair shares."""
     finest = 2 * data.site + data.session
     K = int(domain.max()) + 1
@@ -1118,7 +1133,7 @@ def ridge_run(config: Config, seed: int) -> dict:
 
 # %% ../nbs/chapters/d2am.ipynb #measure
 def measure(config: Config, found: Mapping, folder: RunFolder,
-            arrays=()) -> Report:
+            arrays: Mapping | Sequence = ()) -> Report:
     """The report on runs. found: row → seed → target → numbers by name.
 
     A row's number of a seed is the mean over its targets; rows of ABLATIONS
@@ -1179,7 +1194,7 @@ def face_template(side: int) -> Tensor:
 
 # %% ../nbs/chapters/d2am.ipynb #read_collection
 def read_collection(config: Config, listings: Mapping[str, Listing],
-                    frames: int):
+                    frames: int) -> tuple[Collection, Tensor]:
     """Faces of data sets: a Collection, and the video (n,) of each.
 
     Raises UserError where no picture of a set could be read.
@@ -1206,7 +1221,8 @@ def read_collection(config: Config, listings: Mapping[str, Listing],
     return Collection(*map(torch.cat, zip(*parts))), torch.cat(videos)
 
 # %% ../nbs/chapters/d2am.ipynb #video_scores
-def video_scores(p: Tensor, live: Tensor, video: Tensor):
+def video_scores(p: Tensor, live: Tensor,
+                 video: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """Mean score of each video's frames, and its label: two (v,) arrays."""
     ids, at = video.unique(return_inverse=True)
     total = torch.zeros(len(ids)).index_add_(0, at, p.float())
@@ -1277,7 +1293,7 @@ def one_protocol(config: Config, name: str, row: Row, seed: int,
             "weights/threshold": equal_error(p, dev.live.numpy())}
 
 
-def rehearse(config: Config, plan) -> None:
+def rehearse(config: Config, plan: Any) -> None:
     """The works of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
     names, rows = [*check_full(config)], config.rows or (*ROWS,)
     sources, target = protocol(names[0], check_spoof(
@@ -1346,7 +1362,8 @@ def run(config: Config) -> Report:
     return report
 
 # %% ../nbs/chapters/d2am.ipynb #load_detector
-def load_detector(weights=None) -> tuple[D2AM, int, float]:
+def load_detector(weights: str | Path | Mapping | None = None
+                 ) -> tuple[D2AM, int, float]:
     """A trained network, the side of its pictures, and its threshold.
 
     weights: those that `run` leaves, or a path; None: those of the book.
@@ -1410,7 +1427,8 @@ def judge_item(net: D2AM, side: int, threshold: float, item: Item) -> dict:
     return row
 
 
-def apply(inputs, weights=None, out_dir=None) -> list[dict]:
+def apply(inputs: object, weights: str | Path | Mapping | None = None,
+          out_dir: str | Path | None = None) -> list[dict]:
     """Liveness of the largest face in each picture.
 
     inputs: a path of a picture or folder, an array (H, W, 3), an image, a
@@ -1429,7 +1447,8 @@ def apply(inputs, weights=None, out_dir=None) -> list[dict]:
         judge_item, *load_detector(weights)), out_dir, **known)
 
 # %% ../nbs/chapters/d2am.ipynb #rephotograph
-def rephotograph(pictures, sites, seed: int = 0, side: int = 96):
+def rephotograph(pictures: Sequence[np.ndarray], sites: Sequence, seed: int = 0,
+                 side: int = 96) -> tuple[Tensor, Tensor, Tensor]:
     """Faces of photographs, live, printed and replayed at each site.
 
     pictures: (H, W, 3) uint8 arrays. Returns (n, 3, side, side) uint8, and
@@ -1448,7 +1467,9 @@ def rephotograph(pictures, sites, seed: int = 0, side: int = 96):
     return photograph(maps, shots, g, side), attack, face
 
 
-def try_on(pictures, weights=None, seed: int = 100) -> dict[str, float]:
+def try_on(pictures: Sequence[np.ndarray],
+           weights: str | Path | Mapping | None = None,
+           seed: int = 100) -> dict[str, float]:
     """In %, at the weights' threshold: genuine faces refused, attacks passed.
 
     pictures: photographs (H, W, 3) uint8 of real people; they are judged as
@@ -1493,7 +1514,8 @@ OFFICIAL = {"extractor": lambda: RFMExtractor(drlm=False),
             "depth": RFMDepth, "embedder": RFMEmbedder}
 
 # %% ../nbs/chapters/d2am.ipynb #load_official
-def load_official(weights, network: str | None = None) -> nn.Module:
+def load_official(weights: str | Path | Mapping,
+                  network: str | None = None) -> nn.Module:
     """A network of RFM, which D2AM keeps, with its weights, in eval mode.
 
     weights: a path, or name → tensor or array; network: one of OFFICIAL, by

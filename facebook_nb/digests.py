@@ -14,7 +14,7 @@ import hashlib
 import importlib.util
 import symtable
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from .files import read_json
@@ -29,7 +29,7 @@ class Stripper(ast.NodeTransformer):
     def __init__(self, module: str = ""):
         self.module = module
 
-    def generic_visit(self, node):
+    def generic_visit(self, node: ast.AST) -> ast.AST:
         super().generic_visit(node)
         body = getattr(node, "body", None)
         if isinstance(body, list):
@@ -45,7 +45,7 @@ class Stripper(ast.NodeTransformer):
             node.annotation = None
         return node
 
-    def visit_ImportFrom(self, node):
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.AST | None:
         return None if list(_imports(node, self.module)) else node
 
     visit_Import = visit_ImportFrom
@@ -192,7 +192,8 @@ def find_module(name: str) -> Module | None:
     return _parsed(name, str(path), path.stat().st_mtime_ns)
 
 # %% ../nbs/foundations/digests.ipynb #reached
-def reached(roots, extra: ast.Module | None = None) -> set[str]:
+def reached(roots: Iterable[tuple[str, str | None]],
+            extra: ast.Module | None = None) -> set[str]:
     """The texts of all definitions that `roots` use, themselves included.
 
     roots: (module, name) pairs; None for the name is all of a module,
@@ -248,7 +249,7 @@ def _short(parts) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
-def code_digest(roots) -> str:
+def code_digest(roots: Iterable[tuple[str, str | None]]) -> str:
     """Digest of the code that (module, name) pairs reach: 16 hex digits."""
     return _short(sorted(reached(tuple(roots))))
 
@@ -267,7 +268,7 @@ def source_digest(notebook: str | Path) -> str:
     return _short([ast.dump(Stripper().visit(tree)), *texts])
 
 # %% ../nbs/foundations/digests.ipynb #content_digest
-def content_digest(*values) -> str:
+def content_digest(*values: object) -> str:
     """Digest of numbers, texts, arrays, tensors, modules and nests of them.
 
     32 hexadecimal digits. Raises TypeError for what it cannot look into.
@@ -327,7 +328,8 @@ def _feed_array(update, array) -> None:
     update(array.reshape(-1).view(np.uint8).data)
 
 # %% ../nbs/foundations/digests.ipynb #code_roots
-def code_roots(function, values=()) -> list[tuple[str, str]]:
+def code_roots(function: Callable,
+               values: Iterable = ()) -> list[tuple[str, str]]:
     """(module, name) of a step's function, and of what it was handed.
 
     Raises TypeError for a lambda or a function defined inside another: it

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -148,7 +148,7 @@ def class_vectors(s: Tensor, prototype: str = "mean") -> Tensor:
     return F.normalize(s, dim=-3, eps=1e-12).mean((-2, -1))
 
 # %% ../nbs/chapters/dmf.ipynb #velocity
-def velocity(x: Tensor, f: Tensor, k: int = 1, order: str = "meant"):
+def velocity(x: Tensor, f: Tensor, k: int = 1, order: str = "meant") -> Tensor:
     """dx/dt of the alignment: ReLU of x filtered group by group.
 
     x: (N, C, h, w); f: (N, g·k², h, w), a k×k filter for each position and
@@ -256,8 +256,9 @@ class MetaFilter(nn.Module):
     weights of the offsets, the authors' 1.
     """
 
-    def __init__(self, channels=640, groups=64, kernel=5, gate="full",
-                 sampling=True, spread=1.0):
+    def __init__(self, channels: int = 640, groups: int = 64, kernel: int = 5,
+                 gate: str = "full", sampling: bool = True,
+                 spread: float = 1.0):
         super().__init__()
         if channels % groups:
             raise UserError(f"groups={groups} does not divide {channels}")
@@ -383,9 +384,10 @@ class DMF(nn.Module):
     map, the authors' 1; prototype: see `class_vectors`.
     """
 
-    def __init__(self, base, channels=640, classes=64, groups=64, kernel=5,
-                 gate="full", sampling=True, kind="rk4", border=1,
-                 prototype="mean", spread=1.0):
+    def __init__(self, base: nn.Module, channels: int = 640, classes: int = 64,
+                 groups: int = 64, kernel: int = 5, gate: str | None = "full",
+                 sampling: bool = True, kind: str = "rk4", border: int = 1,
+                 prototype: str = "mean", spread: float = 1.0):
         super().__init__()
         self.base, self.kind, self.border = base, kind, border
         self.prototype = prototype
@@ -405,7 +407,8 @@ class DMF(nn.Module):
         frame = (h + 2 * self.border) * (w + 2 * self.border) / (h * w)
         return self.maps(x, s).mean((3, 4)) / frame
 
-    def forward(self, support: Tensor, query: Tensor, labels: Tensor):
+    def forward(self, support: Tensor, query: Tensor,
+                labels: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Score an episode, or a batch of b.
 
         support: (b, m, 3, H, W); query: (b, Q, 3, H, W); labels of the
@@ -419,7 +422,8 @@ class DMF(nn.Module):
         return self.head(maps[:b * m].unflatten(0, (b, m)),
                          maps[b * m:].unflatten(0, (b, -1)), labels)
 
-    def head(self, support: Tensor, x: Tensor, labels: Tensor):
+    def head(self, support: Tensor, x: Tensor,
+             labels: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """The same from support maps (b, m, C, h, w) and query maps."""
         with torch.autocast(x.device.type, enabled=False):  # scores are large
             s, x = class_maps(support.float(), labels), x.float()
@@ -477,7 +481,8 @@ class Episodes:
     of the queries, numbered from 0 in the order of their labels).
     """
 
-    def __init__(self, split: Split, count, way, shot, queries, seed):
+    def __init__(self, split: Split, count: int, way: int, shot: int,
+                 queries: int, seed: int):
         self.split, self.count, self.seed = split, count, seed
         self.way, self.shot, self.queries = way, shot, queries
         order = np.argsort(split.labels, kind="stable")
@@ -581,7 +586,7 @@ class ProtoNet(nn.Module):
     Same embedding, same global classifier, and called like `DMF`.
     """
 
-    def __init__(self, base, channels=640, classes=64):
+    def __init__(self, base: nn.Module, channels: int = 640, classes: int = 64):
         super().__init__()
         self.base = base
         self.temperature = nn.Parameter(torch.tensor(10.0))
@@ -589,7 +594,8 @@ class ProtoNet(nn.Module):
 
     forward = DMF.forward
 
-    def head(self, support: Tensor, x: Tensor, labels: Tensor):
+    def head(self, support: Tensor, x: Tensor,
+             labels: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         means = F.normalize(class_maps(support, labels).mean((3, 4)), dim=2)
         pooled = F.normalize(x.mean((3, 4)), dim=2)
         scores = (self.temperature * pooled @ means.mT).flatten(0, 1)
@@ -605,7 +611,8 @@ class CrossAttention(nn.Module):
     the maps. Source: eq. dmf-attention, after Hou et al. 2019.
     """
 
-    def __init__(self, base, channels=640, classes=64, places=121):
+    def __init__(self, base: nn.Module, channels: int = 640, classes: int = 64,
+                 places: int = 121):
         super().__init__()
         self.base = base
         self.temperature = nn.Parameter(torch.tensor(10.0))
@@ -620,7 +627,8 @@ class CrossAttention(nn.Module):
         u = self.fuse(r.mean(-2, keepdim=True))
         return 1 + ((r * u).mean(-1) / 0.025).softmax(-1)
 
-    def head(self, support: Tensor, x: Tensor, labels: Tensor):
+    def head(self, support: Tensor, x: Tensor,
+             labels: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         s = class_maps(support, labels).flatten(3)          # (b, n, C, m)
         q, unit = x.flatten(3), partial(F.normalize, dim=2)  # (b, Q, C, m)
         r = torch.einsum("bnci,bqcp->bqnip", unit(s), unit(q))
@@ -761,7 +769,8 @@ class _Labelled:
         return self.split.load(index), self.ranks[torch.as_tensor(index)]
 
 # %% ../nbs/chapters/dmf.ipynb #pretrain
-def pretrain(config: Config, world: str, seed: int, folder=None) -> dict:
+def pretrain(config: Config, world: str, seed: int,
+             folder: Path | None = None) -> dict:
     """Train embedding and global classifier on whole pictures: weights."""
     split, _ = world_splits(config, world, seed)
     seed_everything(seed)
@@ -791,7 +800,7 @@ def load_row(config: Config, world: str, seed: int, options: Mapping,
 
 
 def train_row(config: Config, world: str, seed: int, options: Mapping,
-              start: Mapping, folder=None) -> dict:
+              start: Mapping, folder: Path | None = None) -> dict:
     """Train a row of the table with episodes, from shared weights.
 
     options: a value of ROWS; start: of `pretrain`. Returns its weights, and
@@ -1053,7 +1062,7 @@ def check_full(config: Config) -> list[tuple[str, int, str]]:
                 config.other_rows[:99 if place < config.other_seeds else 0])]
 
 
-def rehearse(config: Config, plan) -> None:
+def rehearse(config: Config, plan: Any) -> None:
     """The trainings of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
     jobs = check_full(config)
     world, seed, row = jobs[-1]
@@ -1194,7 +1203,8 @@ def _where(picture: Tensor, scores: Tensor, top: int) -> np.ndarray:
 
 # %% ../nbs/chapters/dmf.ipynb #apply
 @torch.no_grad()
-def apply(inputs, weights=None, out_dir=None) -> list[dict]:
+def apply(inputs: object, weights: str | Path | Mapping | None = None,
+          out_dir: str | Path | None = None) -> list[dict]:
     """Name pictures after a few labelled examples.
 
     inputs: first a folder that holds one folder of pictures for each class;

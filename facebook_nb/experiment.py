@@ -20,10 +20,11 @@ import tempfile
 import time
 import typing
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -79,7 +80,7 @@ class Settings:
         return list(range(self.seed, self.seed + self.n_seeds))
 
     @classmethod
-    def preset(cls, name: str, /, **overrides):
+    def preset(cls, name: str, /, **overrides: object) -> Self:
         """The settings of a preset, with some fields replaced.
 
         Raises UserError naming the preset or field that does not exist
@@ -282,7 +283,8 @@ class RunFolder:
             write_json(kept, mine)
             write_json(self.path / "environment.json", environment())
 
-    def step(self, name: str, function, /, *args, **kwargs) -> dict:
+    def step(self, name: str, function: Callable, /, *args: object,
+             **kwargs: object) -> dict:
         """The result of `function(*args, **kwargs)`, done once.
 
         name: may hold slashes, "seed0/labels". function: from the top level
@@ -391,7 +393,7 @@ def finished_steps(folder: str | Path) -> dict[str, dict]:
 
 # %% ../nbs/foundations/experiment.ipynb #decide
 @plumbing
-def half_width(values) -> float:
+def half_width(values: Sequence[float] | np.ndarray) -> float:
     """Half of the 95 % interval of a mean: eq. experiment-interval.
 
     values: (n,), one independent observation each. NaN for fewer than two.
@@ -461,8 +463,9 @@ class Claim:
 
 
 @plumbing
-def decide(text: str, differences, smallest_effect: float = 0.0,
-           lower: bool = False, unit: str = "") -> Claim:
+def decide(text: str, differences: Sequence[float] | np.ndarray,
+           smallest_effect: float = 0.0, lower: bool = False,
+           unit: str = "") -> Claim:
     """A claim, decided by paired differences.
 
     differences: (n,), row − rival, one a seed. Raises ValueError when there
@@ -513,7 +516,7 @@ class Report:
     roles: dict[str, str] = field(default_factory=dict)
     steps: dict[str, dict] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for row, role in self.roles.items():
             if role not in ROLES or row not in self.metrics:
                 raise ValueError(f"report: role {role!r} of row {row!r}; "
@@ -594,7 +597,8 @@ class Table:
     head: column names. rows: lists of cells, text. bold: (row, column)s.
     """
 
-    def __init__(self, head, rows, bold=()):
+    def __init__(self, head: Sequence[str], rows: Sequence[Sequence[str]],
+                 bold: Iterable = ()):
         self.head, self.rows, self.bold = list(head), list(rows), set(bold)
 
     def _repr_html_(self) -> str:
@@ -633,7 +637,8 @@ def _best(report: Report, rows, metric: str, up: bool) -> str | None:
     return best if best != base and abs(gap) > half else None
 
 
-def result_table(report: Report, columns: Mapping[str, str], rows=None,
+def result_table(report: Report, columns: Mapping[str, str],
+                 rows: Sequence[str] | None = None,
                  paper: Mapping[str, str] | None = None) -> Table:
     """The report's rows against some of its metrics: mean ± half-width.
 
@@ -769,7 +774,7 @@ def read_ledger(chapter: str, root: Path | None = None) -> dict | None:
     return read_json(path) if path.exists() else None
 
 
-def record(metrics: Mapping, stamp: Mapping, root: Path | None = None):
+def record(metrics: Mapping, stamp: Mapping, root: Path | None = None) -> None:
     """Write metrics.json's contents and a stamp (digest, versions, …)."""
     path = (root or book_root()) / "nbs" / "results"
     write_json(path / f"{metrics['chapter']}.json", {**metrics, **stamp})

@@ -7,7 +7,8 @@ __all__ = ['COLOURS', 'DASHES', 'use_style', 'figure_format', 'contact_sheet', '
 
 # %% ../nbs/foundations/figures.ipynb #imports
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 # %% ../nbs/foundations/figures.ipynb #COLOURS
 COLOURS = {
@@ -53,8 +54,9 @@ def figure_format(photo: bool) -> None:
         set_matplotlib_formats("svg", metadata={"Date": None})
 
 # %% ../nbs/foundations/figures.ipynb #contact_sheet
-def contact_sheet(images, columns: int = 8, labels: Sequence[str] = (),
-                  width: float = 6.4, axes=None):
+def contact_sheet(images: Sequence, columns: int = 8,
+                  labels: Sequence[str] = (), width: float = 6.4,
+                  axes: object = None) -> Any:
     """Draw images in rows, with an optional line of text under each.
 
     images: sequence of (3, H, W) or (H, W) tensors in [0, 1], or (H, W, 3)
@@ -111,7 +113,7 @@ def figure(name: str, caption: str, alt: str, later: bool = False) -> None:
     display(Markdown(f'<a id="{name}"></a>**Figure.** {caption}'))
 
 
-def fill(name: str, picture) -> None:
+def fill(name: str, picture: Any) -> None:
     """Show a picture in the place of `figure(name, …, later=True)`.
 
     picture: a figure of matplotlib, which is closed, or what IPython shows.
@@ -124,7 +126,8 @@ def fill(name: str, picture) -> None:
         plt.close(picture)
 
 # %% ../nbs/foundations/figures.ipynb #diagram
-def diagram(boxes, arrows, width: float = 6.4, height: float = 2.0):
+def diagram(boxes: Mapping[str, tuple], arrows: Sequence[tuple],
+            width: float = 6.4, height: float = 2.0) -> Any:
     """Draw boxes and the arrows between them.
 
     boxes: name → (x, y, text) or (x, y, text, style), the centre in units

@@ -19,13 +19,16 @@ import re
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
+
+_T = TypeVar("_T")
 
 # %% ../nbs/foundations/files.ipynb #plumbing
-def plumbing(thing):
+def plumbing(thing: _T) -> _T:
     """Mark a function or class on which neither number nor picture depends.
 
     Recorded steps and stored outputs stay valid when it changes.
@@ -40,7 +43,7 @@ class UserError(ValueError):
     The message is one line: the file or field, what is wrong, and the fix.
     """
 
-    def __init__(self, *args):
+    def __init__(self, *args: object):
         # torch's loaders pass a worker's error on inside its traceback
         if args and "\nOriginal Traceback" in str(args[0]):
             last = str(args[0]).strip().splitlines()[-1]
@@ -195,7 +198,7 @@ def read_text(path: str | Path) -> str:
 
 
 @plumbing
-def read_json(path: str | Path, kind: type = object):
+def read_json(path: str | Path, kind: type = object) -> Any:
     """Read a JSON file that holds a `kind` (dict, list) at its top.
 
     UserError names it when it is missing, damaged or holds another kind.
@@ -244,7 +247,8 @@ def inside(root: str | Path, name: str, where: object = "",
     return path
 
 # %% ../nbs/foundations/files.ipynb #to_uint8
-def to_uint8(array, name: str = "array", span=None):
+def to_uint8(array: Any, name: str = "array",
+             span: tuple[float, float] | None = None) -> Any:
     """An array of pixels as uint8, 0 to 255.
 
     True is 255; 16 bits lose the lower 8; floats in 0…1 are scaled, floats
@@ -281,8 +285,8 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg",
                   ".mpeg", ".ts", ".wmv")
 
 
-def image_array(image, name: str, grey: bool = False,
-                max_pixels: int = MAX_PIXELS):
+def image_array(image: Any, name: str, grey: bool = False,
+                max_pixels: int = MAX_PIXELS) -> Any:
     """A PIL image as (H, W, 3) uint8 RGB, or (H, W) with `grey`.
 
     Upright by its EXIF orientation, the first picture of several, without
@@ -314,7 +318,7 @@ def image_array(image, name: str, grey: bool = False,
 
 
 def decode_image(data: bytes, name: str, grey: bool = False,
-                 max_pixels: int = MAX_PIXELS):
+                 max_pixels: int = MAX_PIXELS) -> Any:
     """Decode an image to (H, W, 3) uint8 RGB, or (H, W) with `grey`.
 
     name: what error messages call it. Raises UserError when it is empty,
@@ -348,7 +352,7 @@ def decode_image(data: bytes, name: str, grey: bool = False,
 
 
 def read_image(path: str | Path, grey: bool = False,
-               max_pixels: int = MAX_PIXELS):
+               max_pixels: int = MAX_PIXELS) -> Any:
     """Read an image file: see `decode_image`. UserError names the file."""
     path = Path(path)
     if path.is_dir():
@@ -358,7 +362,7 @@ def read_image(path: str | Path, grey: bool = False,
 
 
 @plumbing
-def write_image(path: str | Path, image) -> None:
+def write_image(path: str | Path, image: Any) -> None:
     """Write (H, W, 3) RGB or (H, W) grey uint8, atomically.
 
     The suffix chooses the format: .png, .jpg (at quality 95), …
@@ -375,7 +379,8 @@ def write_image(path: str | Path, image) -> None:
 
 # %% ../nbs/foundations/files.ipynb #pictures_in
 @plumbing
-def pictures_in(inputs, suffixes=IMAGE_SUFFIXES) -> list[Path]:
+def pictures_in(inputs: str | Path | Iterable[str | Path],
+                suffixes: Sequence[str] = IMAGE_SUFFIXES) -> list[Path]:
     """Files, and those of these suffixes in folders and theirs, in order.
 
     inputs: a path, or several. A folder that holds none is given as it is.
@@ -389,7 +394,7 @@ def pictures_in(inputs, suffixes=IMAGE_SUFFIXES) -> list[Path]:
     return found
 
 # %% ../nbs/foundations/files.ipynb #people_of
-def people_of(paths, root: str | Path) -> list[str]:
+def people_of(paths: Iterable[str | Path], root: str | Path) -> list[str]:
     """Whose picture each path is: its folder below root, or its own name."""
     return [Path(p).parent.relative_to(root).as_posix()
             if Path(p).parent != Path(root) else Path(p).name for p in paths]
@@ -686,7 +691,7 @@ def _settled(value, seen: dict):
 
 
 @plumbing
-def load_plain(path: str | Path, encoding: str = "latin1"):
+def load_plain(path: str | Path, encoding: str = "latin1") -> Any:
     """A pickle of arrays, lists, mappings, numbers and text; runs no code.
 
     encoding: of Python 2's strings, or "bytes". Raises UserError for a file
@@ -704,7 +709,7 @@ def load_plain(path: str | Path, encoding: str = "latin1"):
 
 # %% ../nbs/foundations/files.ipynb #load_strict
 @plumbing
-def load_strict(module, weights: str | Path | Mapping):
+def load_strict(module: _T, weights: str | Path | Mapping) -> _T:
     """Load `weights` into `module`, all of it or none; returns the module.
 
     weights: a path, or name → tensor or array. Raises UserError that names
@@ -734,7 +739,8 @@ def load_strict(module, weights: str | Path | Mapping):
 
 # %% ../nbs/foundations/files.ipynb #progress
 @plumbing
-def progress(iterable=None, total: int | None = None, label: str = ""):
+def progress(iterable: Iterable | None = None, total: int | None = None,
+             label: str = "") -> Any:
     """A tqdm bar over `iterable` (or to be updated by hand, up to `total`).
 
     Drawn on a terminal or in an interactive notebook, else silent.

@@ -24,10 +24,10 @@ import io
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -102,7 +102,7 @@ class Config(Settings):
                  "s": 64.0, "m": 0.35, "m_arc": 0.5, "r_u": 1e-4,
                  "workers": 8, "precision": "bf16"}}
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if len(self.people) != len(self.steps) or not self.people:
             raise UserError(f"fpr: people={self.people} and steps="
                             f"{self.steps}: one number of steps for each")
@@ -215,7 +215,7 @@ class Penalty:
     alpha: float | None = None          # None: 1 + own cosine
     detach: str = "hard"                # W learns of easy ones; or "none"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, choices in dict(
                 negatives=("below_target", "all"), keep=("all", "easy"),
                 average=("selected", "rate"),
@@ -271,8 +271,9 @@ def _number(seed: int, *names) -> int:
     return int(torch.randint(2 ** 31, (), generator=generator(seed, *names)))
 
 
-def render_crowd(count, images: int, seed: int, name: str,
-                 spread=1.0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def render_crowd(count: int | Sequence[int], images: int, seed: int, name: str,
+                 spread: float | Sequence[float] = 1.0
+                ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Photos of people of four groups, upright and small.
 
     count: people of each group, one number or four; images: photos of each;
@@ -333,7 +334,7 @@ class Recogniser(nn.Module):
         return F.normalize(self.top(both[:, 0]) + self.top(both[:, 1]))
 
 # %% ../nbs/chapters/fpr.ipynb #train_trunk
-def to_input(images) -> Tensor:
+def to_input(images: np.ndarray | Tensor) -> Tensor:
     """(n, 3, h, w) uint8 to float32 in [-1, 1]."""
     return torch.as_tensor(images).float() / 127.5 - 1
 
@@ -454,7 +455,9 @@ def gini(rates: np.ndarray) -> float:
     return float((2 * np.arange(1, n + 1) - n - 1) @ x / (n * x.sum() or 1))
 
 
-def prototype_link(e: Tensor, W: Tensor, person, group, own=None,
+def prototype_link(e: Tensor, W: Tensor, person: np.ndarray | Tensor,
+                   group: np.ndarray | Tensor,
+                   own: np.ndarray | Tensor | None = None,
                    far: float = 1e-2) -> dict:
     """False positives of images against prototypes, at one threshold.
 
@@ -591,9 +594,10 @@ class _RowLoss:
             f"extra{k}": added[g == k].mean() for k in range(4)}
 
 
-def train_row(config: Config, seed: int, steps: int, train, test, base: str,
-              m: float, form=None, alpha=None, rate=None,
-              extra=None) -> dict:
+def train_row(config: Config, seed: int, steps: int, train: tuple, test: tuple,
+              base: str, m: float, form: str | None = None,
+              alpha: float | None = None, rate: float | None = None,
+              extra: np.ndarray | Tensor | None = None) -> dict:
     """Train a row on features, and measure the three links.
 
     train, test: (features (n, 2, components), person (n,), group (n,));
@@ -652,7 +656,7 @@ def take_people(parts: list[dict], n: int) -> tuple:
             np.repeat(range(len(parts)), [len(p) for p in person]))
 
 
-def untrained(config: Config, seed: int, test) -> dict:
+def untrained(config: Config, seed: int, test: tuple) -> dict:
     """The given features as they are: the trivial row."""
     f, *who = test
     e = F.normalize(torch.as_tensor(f.sum(1)), dim=1)
@@ -754,7 +758,7 @@ def judge_report(config: Config, report: Report) -> None:
 
 
 @plumbing
-def measure(config: Config, found: list[dict], folder) -> Report:
+def measure(config: Config, found: list[dict], folder: RunFolder) -> Report:
     """The report of all seeds: found[k] is what `seed_rows` gave."""
     keys = list(dict.fromkeys(key for f in found for key in f))
     metrics = {row_name(config, row, n): {
@@ -850,7 +854,7 @@ def _number_of(text: str, by: str, where: str) -> float:
                         "with a point") from None
 
 
-def table_rows(path: Path):
+def table_rows(path: Path) -> Iterator[tuple]:
     """Yield (picture, picture, same, group, score or NaN, person, person)."""
     head, by, rows = open_table(path)
     at = {k: next((n for n in names if n in head), None)
@@ -926,7 +930,8 @@ def open_pairs(path: str | Path) -> PairList:
         unknown, listed.pairs.astype(str), people.astype(str)))
 
 # %% ../nbs/chapters/fpr.ipynb #load_recogniser
-def load_recogniser(weights=None) -> tuple[nn.Module, int]:
+def load_recogniser(weights: str | Path | Mapping | None = None
+                   ) -> tuple[nn.Module, int]:
     """A recogniser, in eval mode, and the side of the faces it takes.
 
     weights: a file of this chapter (None: the package's), or a backbone in
@@ -975,8 +980,10 @@ def _aligned(faces: Faces, size: int, rows) -> tuple:
     return crops, how, errors
 
 
-def embed_pictures(faces: Faces, network, size: int, device="cpu",
-                   rows=None, workers: int = 0) -> Embedded:
+def embed_pictures(faces: Faces, network: nn.Module, size: int,
+                   device: str | torch.device = "cpu",
+                   rows: Sequence[int] | np.ndarray | None = None,
+                   workers: int = 0) -> Embedded:
     """Unit embeddings of faces, of `rows` alone where they are given.
 
     A picture of 112×112 pixels is taken as aligned; in others the largest
@@ -1014,7 +1021,7 @@ def report_rate(impostors: int, support: int = 10) -> float:
                     f"{10 * support} are needed")
 
 
-def suspicious(scores, same, groups: int) -> list[str]:
+def suspicious(scores: np.ndarray, same: np.ndarray, groups: int) -> list[str]:
     """What makes a comparison of groups worthless, in words."""
     said = []
     if scores.min() == scores.max():
@@ -1027,7 +1034,8 @@ def suspicious(scores, same, groups: int) -> list[str]:
     return said
 
 
-def group_report(scores, same, group, people=None) -> tuple[dict, GroupRates]:
+def group_report(scores: np.ndarray, same: np.ndarray, group: np.ndarray,
+                 people: np.ndarray | None = None) -> tuple[dict, GroupRates]:
     """What `apply` says of a list of pairs, NaN scores left out.
 
     people: (P, 2) names, "" where unknown, for the intervals.
@@ -1086,7 +1094,8 @@ def _draw_groups(path: Path, found: dict) -> None:
 TABLES = (".csv", ".tsv", ".pkl", ".pickle")
 
 
-def judge_list(item: Item, recogniser) -> dict:
+def judge_list(item: Item,
+               recogniser: Callable[[], tuple[nn.Module, int]]) -> dict:
     """Error rates of each group at one threshold, from one list of pairs.
 
     recogniser: called for the (network, size) where a list has no scores.
@@ -1123,7 +1132,8 @@ def judge_list(item: Item, recogniser) -> dict:
     return row | found
 
 
-def apply(inputs, weights=None, out_dir=None) -> list[dict]:
+def apply(inputs: object, weights: str | Path | Mapping | None = None,
+          out_dir: str | Path | None = None) -> list[dict]:
     """Error rates of each group at one threshold, from lists of pairs.
 
     inputs: a table (see `read_table`), BFW's table, a folder of RFW, or a
@@ -1147,7 +1157,8 @@ def apply(inputs, weights=None, out_dir=None) -> list[dict]:
         if weights is None else str(weights))
 
 # %% ../nbs/chapters/fpr.ipynb #threshold_rank
-def threshold_rank(penalty: Penalty, B: int, n: int, hard=0) -> Tensor:
+def threshold_rank(penalty: Penalty, B: int, n: int,
+                   hard: int | Tensor = 0) -> Tensor:
     """k: the threshold is the k-th largest candidate; 0: there is none.
 
     B images, n classes; hard: how many cosines are no candidates because
@@ -1213,7 +1224,7 @@ class FalsePositives(NamedTuple):
     k: Tensor
     hard: Tensor
 
-    def entries(self):
+    def entries(self) -> Iterator[Tensor]:
         """Rows, columns and values without the padding."""
         return (a[self.chosen] for a in self[:3])
 
@@ -1239,7 +1250,7 @@ def _gather(group, tensor: Tensor) -> list[Tensor]:
 
 # %% ../nbs/chapters/fpr.ipynb #false_positives
 def false_positives(c: Tensor, t: Tensor, penalty: Penalty, n: int,
-                    group=None) -> FalsePositives:
+                    group: dist.ProcessGroup | None = None) -> FalsePositives:
     """Find the threshold of the batch and the entries above it.
 
     c: (B, columns) cosines, EXCLUDED in place of those with the own class;
@@ -1501,7 +1512,8 @@ class _GatherRows(torch.autograd.Function):
         return d.split(ctx.sizes)[ctx.group.rank()], None, None
 
 
-def gather_rows(x: Tensor, group, sizes=None) -> Tensor:
+def gather_rows(x: Tensor, group: dist.ProcessGroup | None,
+                sizes: Sequence[int] | None = None) -> Tensor:
     """Rows of all processes in order of rank, as many as each has.
 
     sizes: their numbers, where they are known. Backward, the processes'
@@ -1516,7 +1528,7 @@ def gather_rows(x: Tensor, group, sizes=None) -> Tensor:
 
 # %% ../nbs/chapters/fpr.ipynb #check_batch
 def check_batch(x: Tensor, y: Tensor, dim: int, classes: int,
-                group=None) -> list[int]:
+                group: dist.ProcessGroup | None = None) -> list[int]:
     """How many images each process has; the one wait of a step.
 
     x: (B, dim) floating; y: (B,) integers. Raises UserError, in all
@@ -1656,7 +1668,7 @@ class _SplitCrossEntropy(torch.autograd.Function):
         return d_z, None, None
 
 
-def split_cross_entropy(z: Tensor, y: Tensor, settings) -> Tensor:
+def split_cross_entropy(z: Tensor, y: Tensor, settings: object) -> Tensor:
     """Mean cross-entropy of logits whose columns are split over processes.
 
     z: (B, columns here); y: (B,) classes. Returns the same number in all
@@ -1869,10 +1881,10 @@ class TrainingFaces:
     def __init__(self, faces: Faces):
         self.faces = faces
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.faces)
 
-    def __getitems__(self, rows):
+    def __getitems__(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         x = np.stack([self.faces.load(i, 112) for i in rows])
         return (torch.from_numpy(x.transpose(0, 3, 1, 2).copy()),
                 torch.as_tensor(self.faces.labels[rows]))
@@ -1881,10 +1893,11 @@ class TrainingFaces:
 class FullLoss:
     """The loss of the batch of all processes, and the added margin."""
 
-    def __init__(self, m: float = 0.35, extra=None):
+    def __init__(self, m: float = 0.35,
+                 extra: np.ndarray | Tensor | None = None):
         self.m, self.extra = m, extra
 
-    def __call__(self, net, batch, step) -> dict:
+    def __call__(self, net: nn.Module, batch: tuple, step: int) -> dict:
         x, y = batch
         x = to_input(x)
         flip = torch.rand(len(x), 1, 1, 1).to(x.device) < 0.5
@@ -1896,8 +1909,9 @@ class FullLoss:
         return {"loss": loss, "extra": head.stats.extra.mean()}
 
 
-def train_full(config: Config, train: str, row: str, extra=None,
-               folder=None) -> dict:
+def train_full(config: Config, train: str, row: str,
+               extra: np.ndarray | Tensor | None = None,
+               folder: Path | None = None) -> dict:
     """Train a row by the released recipe: backbone, and added margins.
 
     train: where the faces lie; extra: (steps,) to be added to the margin.
@@ -1923,8 +1937,9 @@ def train_full(config: Config, train: str, row: str, extra=None,
         f"net.{k}": v.cpu() for k, v in net["net"].state_dict().items()}
 
 # %% ../nbs/chapters/fpr.ipynb #evaluate_full
-def embed_shared(faces: Faces, network, device, name: str, workers: int = 0,
-                 folder=None) -> Tensor:
+def embed_shared(faces: Faces, network: nn.Module, device: str | torch.device,
+                 name: str, workers: int = 0,
+                 folder: Path | None = None) -> Tensor:
     """Embeddings of all faces; see `in_parts`."""
     def some(rows) -> np.ndarray:
         found = embed_pictures(faces, network, 112, device, rows, workers)
@@ -1937,8 +1952,8 @@ def embed_shared(faces: Faces, network, device, name: str, workers: int = 0,
     return torch.from_numpy(in_parts(len(faces), some, folder, 8192))
 
 
-def evaluate_full(config: Config, rfw: str, bfw: str | None,
-                  weights: dict, folder=None) -> dict:
+def evaluate_full(config: Config, rfw: str, bfw: str | None, weights: dict,
+                  folder: Path | None = None) -> dict:
     """Metrics on RFW, and on BFW where it is given."""
     network = NETWORKS[config.network]()
     load_strict(network, {k: torch.as_tensor(v) for k, v in weights.items()})
@@ -1964,7 +1979,7 @@ def evaluate_full(config: Config, rfw: str, bfw: str | None,
     return found
 
 # %% ../nbs/chapters/fpr.ipynb #run_full
-def rehearse(config: Config, plan) -> None:
+def rehearse(config: Config, plan: Any) -> None:
     """The trainings of preset full; plan: a `facebook_nb.cli.Rehearsal`.
 
     One process holds all classes, where several would split them.

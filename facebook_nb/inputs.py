@@ -14,15 +14,16 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .files import (
     IMAGE_SUFFIXES, UserError, image_array, progress, read_image, to_uint8,
     write_atomic, write_json)
 
 # %% ../nbs/foundations/inputs.ipynb #as_picture
-def as_picture(value, name: str = "picture"):
+def as_picture(value: Any, name: str = "picture") -> Any:
     """(H, W, 3) uint8 RGB of an array, a tensor or a PIL image.
 
     (H, W), (H, W, C) or (C, H, W) with C of 1, 3 or 4 (alpha is dropped);
@@ -48,7 +49,7 @@ def as_picture(value, name: str = "picture"):
     return np.require(x, requirements="CW")     # PyTorch warns of read-only
 
 # %% ../nbs/foundations/inputs.ipynb #is_grey
-def is_grey(picture) -> bool:
+def is_grey(picture: Any) -> bool:
     """Whether (H, W) or (H, W, C) uint8 has no colours.
 
     True when in 99 of 100 pixels the channels differ by at most 4 levels.
@@ -70,7 +71,8 @@ class Item:
     None.
     """
 
-    def __init__(self, value, number: int = 0, folder: Path | None = None):
+    def __init__(self, value: object, number: int = 0,
+                 folder: Path | None = None):
         is_path = isinstance(value, str | os.PathLike)
         self.path = Path(value) if is_path else None
         self.value = self.path if is_path else value
@@ -80,7 +82,7 @@ class Item:
         stem = re.sub(r"[^\w.-]+", "_", stem)[:40].strip("._")
         self.stem, self.folder = f"{number:03d}-{stem}".rstrip("-"), folder
 
-    def film(self):
+    def film(self) -> Any:
         """The path, array or tensor of a film.
 
         UserError for one picture, and for a .npy file that holds no array.
@@ -94,7 +96,7 @@ class Item:
                             "expected")
         return self.value
 
-    def picture(self):
+    def picture(self) -> Any:
         """(H, W, 3) uint8 RGB. UserError says why there is none."""
         if self.path is None:
             return as_picture(self.value, self.name)
@@ -123,7 +125,7 @@ def _look_at_array(item: Item) -> None:
                         "frames (T, H, W, 3) anew with numpy.save") from None
 
 
-def shown(path) -> str:
+def shown(path: object) -> str:
     """A path as text for people: what cannot be printed is written out."""
     text = os.fsencode(path).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
@@ -144,14 +146,15 @@ def tell(text: str) -> None:
     print(f"facebook-nb: {text}", file=sys.stderr, flush=True)
 
 
-def listed(inputs) -> list:
+def listed(inputs: object) -> list:
     """One input, or several, as a list."""
     one = isinstance(inputs, str | os.PathLike) or any(
         hasattr(inputs, a) for a in ("__array__", "__array_interface__"))
     return [inputs] if one else list(inputs)
 
 
-def expand(inputs, suffixes=IMAGE_SUFFIXES, out: Path | None = None) -> list:
+def expand(inputs: object, suffixes: Sequence[str] = IMAGE_SUFFIXES,
+           out: Path | None = None) -> list:
     """Inputs, with folders replaced by the files of `suffixes` in them.
 
     A folder that holds none stays. Photographs of kinds that are not read
@@ -205,8 +208,9 @@ def write_rows(folder: str | Path, rows: list[dict]) -> None:
         part.write_bytes(text.getvalue().encode(errors="backslashreplace"))
 
 
-def apply_each(inputs, judge: Callable[[Item], dict], out_dir=None,
-               suffixes=IMAGE_SUFFIXES,
+def apply_each(inputs: object, judge: Callable[[Item], dict],
+               out_dir: str | Path | None = None,
+               suffixes: Sequence[str] = IMAGE_SUFFIXES,
                weights: str = "procedural faces, this book") -> list[dict]:
     """A row for each input: {"input": …, "weights": …, **judge(item)}.
 

@@ -18,11 +18,11 @@ __all__ = ['NETWORKS', 'UNSUP3D', 'FIELD', 'WALL', 'STUDIO', 'THEN', 'ROWS', 'CH
 
 # %% ../nbs/chapters/lap.ipynb #imports
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from .inputs import Item, expand, listed, tell, write_rows
 from .processes import in_parts, in_workers
 from .readers.photosets import (
     PhotoSets, celeba_sets, depth_pairs, folder_sets)
-from .training import Processes, Recipe, fit
+from .training import History, Processes, Recipe, fit
 from .worlds.faces import (
     render_faces, sample_people, sample_photos)
 
@@ -211,7 +211,8 @@ def keep(i: int, o: int, k: int) -> list[nn.Module]:
     return [conv, nn.GroupNorm(o // 4, o), nn.ReLU()]
 
 
-def plain(i: int, o: int, k: int, act=nn.ReLU) -> list[nn.Module]:
+def plain(i: int, o: int, k: int,
+          act: Callable[..., nn.Module] = nn.ReLU) -> list[nn.Module]:
     """From k x k to one pixel, or on it; no norm."""
     return [nn.Conv2d(i, o, k, 1, 0, bias=False), act()]
 
@@ -267,7 +268,8 @@ class AggregationNet(nn.Module):
     (B, cout, S, S). Source: Zhang et al. 2021, netD and netA.
     """
 
-    def __init__(self, cout, size=128, nf=64, zdim=512, how="softmax"):
+    def __init__(self, cout: int, size: int = 128, nf: int = 64,
+                 zdim: int = 512, how: str = "softmax"):
         super().__init__()
         self.cout, self.how = cout, how
         self.network1 = encoder(size, nf, 3, 2 * zdim)
@@ -298,7 +300,7 @@ class Regressor(nn.Module):
     netL (4, for `read_light`) and netV (6, for `read_view`).
     """
 
-    def __init__(self, cout, size=128, nf=32):
+    def __init__(self, cout: int, size: int = 128, nf: int = 32):
         super().__init__()
         wide = [*widths(size, nf), 8 * nf]
         convs = [p for i, o in zip([3, *wide], wide) for p in
@@ -317,7 +319,7 @@ class ConfidenceNet(nn.Module):
     unsup3d; at 128 and 32 with one level more or less (LAP's is not released).
     """
 
-    def __init__(self, size=64, nf=64, zdim=128):
+    def __init__(self, size: int = 64, nf: int = 64, zdim: int = 128):
         super().__init__()
         self.size, wide = size, widths(size, nf)
         first = nn.ConvTranspose2d(zdim, 8 * nf, 4, 1, 0, bias=False)
@@ -442,7 +444,8 @@ class RefineNet(nn.Module):
     (B, 3, S, S). Source: Zhang et al. 2021, refine_netD and refine_netA.
     """
 
-    def __init__(self, cout, size=128, nf=64, zdim=512):
+    def __init__(self, cout: int, size: int = 128, nf: int = 64,
+                 zdim: int = 512):
         super().__init__()
         wide = widths(size, nf)
         thin = [nf // 2, nf, 2 * nf, 4 * nf][-len(wide):]
@@ -499,8 +502,8 @@ class RefineNet(nn.Module):
 class LAP(nn.Module):
     """All networks, at one size. Photos are (B, n, 3, S, S) in [-1, 1]."""
 
-    def __init__(self, size=128, nf=64, zdim=512, confident=True,
-                 refining=True):
+    def __init__(self, size: int = 128, nf: int = 64, zdim: int = 512,
+                 confident: bool = True, refining: bool = True):
         super().__init__()
         self.size, self.nf, self.zdim = size, nf, zdim
         self.register_buffer("rest", torch.zeros(size, size))   # raw depth
@@ -520,7 +523,8 @@ class LAP(nn.Module):
         stacked, n = photos.flatten(1, 2), photos.shape[1]
         return self.netD(stacked, n)[:, 0] + self.rest, self.netA(stacked, n)
 
-    def personal(self, raw, albedo, photo) -> tuple[Tensor, Tensor]:
+    def personal(self, raw: Tensor, albedo: Tensor,
+                 photo: Tensor) -> tuple[Tensor, Tensor]:
         """The same maps, redrawn for target photos (B, 3, S, S)."""
         return (self.refine_netD(raw[:, None], photo)[:, 0] + self.rest,
                 self.refine_netA(albedo, photo))
@@ -593,7 +597,8 @@ def _state(weights, network: str) -> Mapping:
     return part
 
 # %% ../nbs/chapters/lap.ipynb #load_official
-def load_official(weights, network: str | None = None) -> nn.Module:
+def load_official(weights: str | Path | Mapping,
+                  network: str | None = None) -> nn.Module:
     """A network with the authors' weights, in evaluation mode.
 
     weights: a path (their checkpoint, or one network's state dict) or name ->
@@ -620,7 +625,7 @@ class Unsup3dNet(nn.Module):
     Source: Wu et al. 2020.
     """
 
-    def __init__(self, cout, nf=64, zdim=256):
+    def __init__(self, cout: int, nf: int = 64, zdim: int = 256):
         super().__init__()
         self.cout = cout
         first = nn.ConvTranspose2d(zdim, 8 * nf, 4, 1, 0, bias=False)
@@ -758,7 +763,8 @@ class FaceSets:
                           for a in vars(self).values()))
 
 # %% ../nbs/chapters/lap.ipynb #take_photos
-def take_photos(points, normal, colours, n_light, angles, size, g) -> tuple:
+def take_photos(points: Tensor, normal: Tensor, colours: Tensor, n_light: float,
+                angles: Tensor, size: int, g: torch.Generator) -> tuple:
     """Rasterise lit reliefs: (m, C + 3, S, S), depth, share covered, and
     light (m, 4) and view (m, 6) in the networks' numbers.
 
@@ -820,7 +826,8 @@ def make_sets(n: int, photos: int, seed: int, size: int = 32,
         head & (maps[:, 7] > 0.5), light, view, covered)))
 
 # %% ../nbs/chapters/lap.ipynb #settled
-def mirrored(depth, albedo, light, view, photos, **options) -> Formed:
+def mirrored(depth: Tensor, albedo: Tensor, light: Tensor, view: Tensor,
+             photos: int, **options: object) -> Formed:
     """`form` of the faces, then of their mirror images; raw light and view."""
     return form(
         torch.cat([depth, depth.flip(-1)]),
@@ -841,7 +848,8 @@ def settled(light: Tensor, view: Tensor, found: Mapping) -> Tensor:
     return loss
 
 # %% ../nbs/chapters/lap.ipynb #explain_loss
-def explain_loss(depth, albedo, light, view, x, flip: float, sigma=None,
+def explain_loss(depth: Tensor, albedo: Tensor, light: Tensor, view: Tensor,
+                 x: Tensor, flip: float, sigma: Tensor | None = None,
                  features: nn.Module | None = None) -> tuple:
     """Loss of photos x (Bn, 3, S, S) under faces (B, S, S), (B, 3, S, S).
 
@@ -919,7 +927,8 @@ def set_loss(model: LAP, sets: Mapping, config: Config, *,
              given: tuple[str, ...] = (), flip: float | None = None,
              consistency: float = 0.0, others: bool = False,
              slack: tuple[float, float] | None = None,
-             features: nn.Module | None = None, shape=None) -> dict:
+             features: nn.Module | None = None,
+             shape: Tensor | None = None) -> dict:
     """Loss of sets from `draw_sets`; `others`: component swap instead.
 
     given: "light", "view" or both, of `sets`; shape: depth (S, S) for
@@ -976,9 +985,10 @@ def supervised_loss(model: LAP, sets: Mapping) -> dict:
     return {"loss": loss, "off": off.detach().abs().mean()}
 
 # %% ../nbs/chapters/lap.ipynb #train_stage
-def train_stage(model, loss, data, steps: int, config: Config, seed: int,
-                rates: Mapping[nn.Module, float], folder=None,
-                evaluate=None):
+def train_stage(model: nn.Module, loss: Callable, data: object, steps: int,
+                config: Config, seed: int, rates: Mapping[nn.Module, float],
+                folder: Path | None = None,
+                evaluate: Callable | None = None) -> History:
     """`steps` steps of Adam on `loss`, a rate for each network.
 
     The rates stay for half of the steps, then fall along a cosine. folder:
@@ -1010,14 +1020,14 @@ class Best:
     stop, or None.
     """
 
-    def __init__(self, look, folder=None):
+    def __init__(self, look: Callable | None, folder: Path | None = None):
         self.look, self.error, self.state = look, math.inf, None
         self.path = folder and Path(folder) / "best.safetensors"
         if self.path and self.path.exists():
             self.error = float(read_metadata(self.path)["error"])
             self.state = read_weights(self.path)
 
-    def __call__(self, model, step: int) -> dict:
+    def __call__(self, model: nn.Module, step: int) -> dict:
         error = self.look(model)
         if error < self.error:
             self.error = error
@@ -1067,8 +1077,10 @@ def check_rows(config: Config) -> None:
                         f"and single continued; add {', '.join(gone)}")
 
 # %% ../nbs/chapters/lap.ipynb #train_row
-def train_row(model: LAP, options: Mapping, data, config: Config, seed: int,
-              features: nn.Module | None = None, folder=None, look=None):
+def train_row(model: LAP, options: Mapping, data: object, config: Config,
+              seed: int, features: nn.Module | None = None,
+              folder: Path | None = None,
+              look: Callable | None = None) -> History:
     """Train a row's model in place; returns the history of stage learn.
 
     model: of `_build`, or of the row after which this one goes on; options:
@@ -1116,9 +1128,9 @@ def train_row(model: LAP, options: Mapping, data, config: Config, seed: int,
     return history
 
 # %% ../nbs/chapters/lap.ipynb #refine
-def refine(model: LAP, data, config: Config, seed: int,
+def refine(model: LAP, data: object, config: Config, seed: int,
            given: tuple[str, ...] = (), features: nn.Module | None = None,
-           folder=None):
+           folder: Path | None = None) -> History:
     """Stage refine, in place: first copy the consistent maps, then redraw.
 
     The set of a target is the target and others; both maps may leave the
@@ -1160,7 +1172,8 @@ def gain_error(p: Tensor, t: Tensor, m: Tensor) -> Tensor:
     return off.sum((1, 2)) / m.sum((1, 2, 3)).clamp(min=1)
 
 # %% ../nbs/chapters/lap.ipynb #errors
-def errors(depth, albedo, light, view, test: FaceSets) -> dict[str, Tensor]:
+def errors(depth: Tensor, albedo: Tensor, light: Tensor, view: Tensor,
+           test: FaceSets) -> dict[str, Tensor]:
     """Errors of faces (B, …) in all photos of `test`, one (B * P,) each.
 
     side (x 100), mad (degrees), mouth (mad in the mouth's region, nan where
@@ -1295,7 +1308,7 @@ def people_of(config: Config, seed: int, spread: float,
 
 # %% ../nbs/chapters/lap.ipynb #row_step
 def row_step(config: Config, seed: int, spread: float, options: Mapping,
-             start: Mapping, folder=None) -> dict:
+             start: Mapping, folder: Path | None = None) -> dict:
     """Train a row: its weights, and the errors on development people.
 
     options: a value of ROWS; start: weights of the row before, or empty.
@@ -1313,7 +1326,7 @@ def row_step(config: Config, seed: int, spread: float, options: Mapping,
 
 
 def refine_step(config: Config, seed: int, spread: float, options: Mapping,
-                start: Mapping, folder=None) -> dict:
+                start: Mapping, folder: Path | None = None) -> dict:
     """Train the refining networks of a row: all weights."""
     model = _model(config, options, start)
     torch.manual_seed(seed)
@@ -1631,8 +1644,8 @@ def _rendered(root) -> Path | None:
 
 
 @torch.no_grad()
-def measure_rendered(model: LAP, pairs, workers: int = 0, folder=None
-                     ) -> dict[str, float]:
+def measure_rendered(model: LAP, pairs: Iterable, workers: int = 0,
+                     folder: Path | None = None) -> dict[str, float]:
     """SIDE (x 100) and MAD, exact and published, of single pictures.
 
     workers: that read them; the processes share them, see `in_parts`.
@@ -1663,7 +1676,7 @@ PHOTOS = {          # with nothing given: the paper's order of training
 
 
 def photos_step(config: Config, seed: int, stage: str, start: Mapping,
-                folder=None) -> dict:
+                folder: Path | None = None) -> dict:
     """One stage on the reader's photos: "single", "sets" or "refine"."""
     sets = photo_sets(config.data_root, config.photos, config.size)
     features = config.vgg and load_official(config.vgg, "vgg16_relu3_3")
@@ -1680,7 +1693,8 @@ def photos_step(config: Config, seed: int, stage: str, start: Mapping,
     return _packed(model.cpu()) | {"image": float(np.mean(off)) / 2}
 
 
-def rendered_step(config: Config, weights: Mapping, folder=None) -> dict:
+def rendered_step(config: Config, weights: Mapping,
+                  folder: Path | None = None) -> dict:
     """Errors on the rendered faces beside data_root."""
     return measure_rendered(_model(config, {}, weights), depth_pairs(
         _rendered(config.data_root), size=config.size), config.workers,
@@ -1707,7 +1721,7 @@ def check_full(config: Config) -> None:
         raise UserError("lap: this run needs " + "; and ".join(lacks))
 
 
-def rehearse(config: Config, plan) -> None:
+def rehearse(config: Config, plan: Any) -> None:
     """The trainings of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
     for stage, settling in (("single", 1), ("sets", 0), ("refine", 0)):
         plan.training(stage, config.n_seeds, photos_step, config, config.seed,
@@ -1959,7 +1973,8 @@ def _framed(items) -> tuple[list, Tensor, list[dict]]:
     return good, torch.stack(faces) if faces else torch.empty(0), others
 
 
-def apply(inputs, weights=None, out_dir=None) -> list[dict]:
+def apply(inputs: object, weights: str | Path | Mapping | None = None,
+          out_dir: str | Path | None = None) -> list[dict]:
     """A mesh and a turntable from photos of one person.
 
     inputs: folders, one person each, and photos (paths, arrays, PIL images,

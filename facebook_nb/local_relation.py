@@ -19,10 +19,10 @@ __all__ = ['SCALES', 'RIDGE', 'MASK_ROW', 'FULL', 'POOLED', 'NO_TARGET', 'COLOUR
 import functools
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ from .readers.forgery import (
     FaceFrames, ForgeryList, crop_all, read_deepfakebench, read_forgeries)
 from .readers.video import VideoFile, segment_indices
 from .training import (
-    Processes, Recipe, fit, milestones, one_cycle)
+    History, Processes, Recipe, fit, milestones, one_cycle)
 from .worlds.forgery import (
     MANIPULATIONS, Clips, ForgerySet, cut_square, face_square, h264, jpeg,
     make_set, photo_clips, render_clips)
@@ -137,7 +137,8 @@ def to_grey(images: Tensor) -> Tensor:
 SCALES = ("centred", "published")
 
 
-def views(images: Tensor, alpha: float = 0.33, scale: str = "centred"):
+def views(images: Tensor, alpha: float = 0.33,
+          scale: str = "centred") -> tuple[Tensor, Tensor]:
     """Colour and frequency view of (B, 3, H, W) uint8, floats.
 
     Returns (B, 3, H, W) in [-1, 1] and (B, 1, H, W): high frequencies in
@@ -159,7 +160,7 @@ class RFAM(nn.Module):
             nn.Conv2d(2 * c, c, 1), nn.BatchNorm2d(c), nn.ReLU(),
             nn.Conv2d(c, 2, 3, padding=1), nn.Sigmoid())
 
-    def forward(self, r: Tensor, q: Tensor):
+    def forward(self, r: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a = self.attention(torch.cat([r, q], 1))    # (B, 2, H, W)
         return r * a[:, :1], q * a[:, 1:], a
 
@@ -268,9 +269,10 @@ class LocalRelation(nn.Module):
     shrink: how finer levels are brought down, "mean" or "nearest".
     """
 
-    def __init__(self, encoder=SmallEncoder, n: int = 4, rfam: bool = True,
-                 frequency: bool = True, relation: bool = True,
-                 decoder: tuple | None = None, shrink: str = "mean"):
+    def __init__(self, encoder: Callable[..., nn.Module] = SmallEncoder,
+                 n: int = 4, rfam: bool = True, frequency: bool = True,
+                 relation: bool = True, decoder: tuple | None = None,
+                 shrink: str = "mean"):
         super().__init__()
         self.n, self.relation, self.shrink = n, relation, shrink
         self.encoder_rgb = encoder(3)
@@ -294,7 +296,8 @@ class LocalRelation(nn.Module):
             nn.Linear(inputs, 128), nn.ReLU(), nn.Dropout(0.2),
             nn.Linear(128, 2))
 
-    def features(self, rgb: Tensor, highpass: Tensor):
+    def features(self, rgb: Tensor,
+                 highpass: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The fused map (B, C, 8, 8), and the attention of each level."""
         r, q, levels, maps = rgb, highpass, [], []
         for part, gate in (("low", self.rfam1), ("mid", self.rfam2),
@@ -458,8 +461,8 @@ def photographed(root: Path) -> list[list[Path]]:
     return [*people.values()]
 
 
-def faces_of_people(root, people: int, frames: int, size: int,
-                    seed: int) -> Clips:
+def faces_of_people(root: str | Path | None, people: int, frames: int,
+                    size: int, seed: int) -> Clips:
     """A clip of each person: rendered, or from the user's photographs.
 
     Raises UserError if there are fewer than 6 people.
@@ -519,7 +522,7 @@ class Pairs:
     once, with one of the honest versions of its frame.
     """
 
-    def __init__(self, of: ForgerySet, kinds, seed: int):
+    def __init__(self, of: ForgerySet, kinds: Sequence[str], seed: int):
         frames = int((of.kind == MANIPULATIONS.index("swap") + 1).sum())
         frame = torch.arange(len(of)) % frames      # as make_set lays them
         forged = torch.isin(of.kind, torch.tensor(
@@ -550,7 +553,7 @@ def build(config: Config, row: Row = Row()) -> LocalRelation:
 
 
 def train_network(net: LocalRelation, config: Config, pairs: Pairs, row: Row,
-                  seed: int, samples: int):
+                  seed: int, samples: int) -> History:
     """Train `net` as `row` says; returns the history of its losses."""
     lam = (config.lam_sim * row.target, config.lam_seg * row.mask)
     alpha, grid = config.alpha, config.grid
@@ -697,7 +700,8 @@ def last_weights(arrays: Mapping) -> dict[str, Tensor]:
             for k, v in arrays.items() if k.startswith("weights/")}
 
 # %% ../nbs/chapters/local_relation.ipynb #measures
-def by_video(scores: np.ndarray, clip: np.ndarray):
+def by_video(scores: np.ndarray,
+             clip: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean score of each video, and the row of its first frame."""
     _, first, at = np.unique(clip, return_index=True, return_inverse=True)
     return np.bincount(at, scores) / np.bincount(at), first
@@ -710,7 +714,8 @@ def measures(scores: np.ndarray, forged: np.ndarray) -> dict[str, float]:
             "ACC": 50 * ((yes > 0.5).mean() + (no <= 0.5).mean())}
 
 
-def one_manipulation(scores, kind, clip, name: str) -> dict[str, float]:
+def one_manipulation(scores: np.ndarray, kind: np.ndarray, clip: np.ndarray,
+                     name: str) -> dict[str, float]:
     """Real pictures against one manipulation, by frame and by video."""
     k = 1 + MANIPULATIONS.index(name)
     at = (kind == 0) | (kind == k)
@@ -720,7 +725,8 @@ def one_manipulation(scores, kind, clip, name: str) -> dict[str, float]:
         f"video {m}": v for m, v in measures(video, forged[first]).items()}
 
 
-def row_metrics(scores: Mapping, kind, clip) -> dict[str, float]:
+def row_metrics(scores: Mapping, kind: np.ndarray,
+                clip: np.ndarray) -> dict[str, float]:
     """A row's numbers in one seed, in %. scores: held out → (levels, n).
 
     Means over the manipulations of a group, the levels, and the trainings.
@@ -771,7 +777,8 @@ def _norm(c: int) -> nn.BatchNorm2d:
 class MBConv(nn.Module):
     """Expand, depthwise, squeeze and excite, project; plus the input."""
 
-    def __init__(self, a, b, kernel, stride, expansion, pad, drop):
+    def __init__(self, a: int, b: int, kernel: int, stride: int, expansion: int,
+                 pad: tuple[int, ...], drop: float):
         super().__init__()
         e, s = a * expansion, max(1, a // 4)
         self.pad, self.drop = pad, drop
@@ -873,7 +880,7 @@ class Decoder(nn.Module):
     widths: of the input and after each doubling.
     """
 
-    def __init__(self, widths=(2008, 256, 256, 128, 64)):
+    def __init__(self, widths: tuple[int, ...] = (2008, 256, 256, 128, 64)):
         super().__init__()
         conv = lambda a, b: nn.Conv2d(a, b, 3, padding=1)
         rest = lambda b: (nn.InstanceNorm2d(b), nn.ReLU())
@@ -981,14 +988,14 @@ class FullData:
     def __len__(self) -> int:
         return len(self.frames)
 
-    def __getitems__(self, rows):
+    def __getitems__(self, rows: Sequence[int]) -> tuple:
         images, masks, label = self.frames.batch(rows)
         x = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
         m = torch.from_numpy(masks)[:, None]
         x = jpeg(x, 40 + 60 * torch.rand(len(x)))
         return x, m, torch.as_tensor(label)
 
-    def balanced(self, seed: int):
+    def balanced(self, seed: int) -> Callable[[int], Tensor]:
         """epoch → order with as many real frames as forged ones."""
         label = torch.as_tensor(self.frames.label)
         real, forged = ((label == k).nonzero()[:, 0] for k in (0, 1))
@@ -1070,7 +1077,7 @@ def test_full(config: Config, weights: Mapping, videos: ForgeryList,
     return found
 
 
-def rehearse(config: Config, plan) -> None:
+def rehearse(config: Config, plan: Any) -> None:
     """The works of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
     lists = check_full(config)
     videos = lists["train"]
@@ -1176,7 +1183,8 @@ def run(config: Config) -> Report:
     return report
 
 # %% ../nbs/chapters/local_relation.ipynb #load_official
-def load_official(weights, network: str | None = None) -> LocalRelation:
+def load_official(weights: str | Path | Mapping,
+                  network: str | None = None) -> LocalRelation:
     """The detector of DeepfakeBench with its weights, in eval mode.
 
     weights: a path, or name → tensor or array, of its state dict; network:
@@ -1230,7 +1238,7 @@ def heat_map(out: Output, size: int) -> Tensor:
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 
 
-def pictures_of(item: Item, frames: int = 16):
+def pictures_of(item: Item, frames: int = 16) -> Iterator[np.ndarray]:
     """The picture of an input, or frames spread over a video, one by one."""
     if item.path is None or item.path.suffix.lower() not in VIDEO_SUFFIXES:
         yield item.picture()
@@ -1306,7 +1314,8 @@ def judge_item(net: LocalRelation, item: Item) -> dict:
     return row
 
 
-def apply(inputs, weights=None, out_dir=None) -> list[dict]:
+def apply(inputs: object, weights: str | Path | Mapping | None = None,
+          out_dir: str | Path | None = None) -> list[dict]:
     """How probably photographs and videos of faces are forged.
 
     inputs: a path of a photograph, video or folder, an array (H, W, 3), an

@@ -13,8 +13,10 @@ import os
 import pickle
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 from .files import (
     UserError, plumbing, progress, write_atomic)
@@ -36,7 +38,7 @@ def accelerator() -> str:
 
 
 @plumbing
-def join(device=None) -> None:
+def join(device: Any = None) -> None:
     """Join the processes of this run; with one process, nothing happens.
 
     device: "cpu", "cuda", …; None: an accelerator if there is one. On CUDA,
@@ -129,7 +131,7 @@ def _spread(array, source: int) -> None:
 
 
 @plumbing
-def first(thing):
+def first(thing: Any) -> Any:
     """What process 0 has, any picklable thing, given to all.
 
     Arrays in it travel as they lie in memory, without a pickled copy.
@@ -156,7 +158,7 @@ def first(thing):
 
 
 @plumbing
-def everyone(thing) -> list:
+def everyone(thing: Any) -> list:
     """What each process has, any picklable things, in their order."""
     things = [thing] * count()
     if count() > 1:
@@ -166,7 +168,7 @@ def everyone(thing) -> list:
 
 
 @plumbing
-def ask_first(function: Callable, *args):
+def ask_first(function: Callable, *args: object) -> Any:
     """`function(*args)` in process 0; all get its result, or its error."""
     if count() == 1:
         return function(*args)
@@ -189,7 +191,7 @@ def share(n: int) -> range:
 
 
 @plumbing
-def gather_rows(rows):
+def gather_rows(rows: Any) -> Any:
     """The rows of all processes as one array, in the order of the ranks.
 
     rows: (n, …) array or tensor; n may differ and may be 0, the rest of the
@@ -217,8 +219,8 @@ def gather_rows(rows):
 
 # %% ../nbs/foundations/processes.ipynb #in_parts
 @plumbing
-def in_parts(n: int, work: Callable, folder=None, size: int = 256,
-             label: str = ""):
+def in_parts(n: int, work: Callable, folder: Path | None = None,
+             size: int = 256, label: str = "") -> Any:
     """The rows of a long work, shared by the processes, kept part by part.
 
     work(rows: range) -> array of rows that depend on nothing but `rows`.
@@ -257,7 +259,8 @@ def _same(thing):
 
 
 @plumbing
-def in_workers(function: Callable, items, workers: int = 0):
+def in_workers(function: Callable, items: Sequence,
+               workers: int = 0) -> Iterable:
     """`function(item)` for each item, in order, made ahead by workers.
 
     function: from the top level of a module, or a partial of such; it may

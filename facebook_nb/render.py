@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,8 @@ from torch import Tensor
 from .files import UserError
 
 # %% ../nbs/foundations/render.ipynb #edge_functions
-def edge_functions(x, y, px: Tensor, py: Tensor) -> tuple:
+def edge_functions(x: Sequence[Tensor], y: Sequence[Tensor], px: Tensor,
+                   py: Tensor) -> tuple:
     """Twice the signed areas between samples and the edges of triangles.
 
     x, y: three tensors (N,) each, the corners; px, py (N,) the samples.
@@ -34,7 +36,8 @@ def _over(pick, corners):
     return pick(pick(corners[0], corners[1]), corners[2])
 
 
-def boxes(x, y, z, size: tuple[int, int], cull: bool) -> tuple:
+def boxes(x: Sequence[Tensor], y: Sequence[Tensor], z: Sequence[Tensor],
+          size: tuple[int, int], cull: bool) -> tuple:
     """The samples' box of each triangle, for those that may cover a sample.
 
     x, y, z: three tensors each, of one shape with N elements in all; `cull`
@@ -59,7 +62,9 @@ def boxes(x, y, z, size: tuple[int, int], cull: bool) -> tuple:
 EMPTY = torch.iinfo(torch.int64).max
 
 
-def draw(key, x, y, z, face, first, box, width, near, far) -> None:
+def draw(key: Tensor, x: Sequence[Tensor], y: Sequence[Tensor],
+         z: Sequence[Tensor], face: Tensor, first: Tensor,
+         box: Sequence[Tensor], width: int, near: float, far: float) -> None:
     """Lower the z-buffer `key` under K triangles, in place.
 
     x, y, z: three tensors (K,) each; face (K,) their numbers; first (K,) where
@@ -123,7 +128,10 @@ def _draw_kernel():
     return kernel
 
 # %% ../nbs/foundations/render.ipynb #triton_draw
-def triton_draw(key, x, y, z, face, first, box, width, near, far) -> None:
+def triton_draw(key: Tensor, x: Sequence[Tensor], y: Sequence[Tensor],
+                z: Sequence[Tensor], face: Tensor, first: Tensor,
+                box: Sequence[Tensor], width: int, near: float,
+                far: float) -> None:
     """`draw` by a Triton kernel; the same arguments.
 
     On CPU tensors only with TRITON_INTERPRET=1, slowly: for tests.
@@ -141,7 +149,8 @@ def triton_draw(key, x, y, z, face, first, box, width, near, far) -> None:
 
 # %% ../nbs/foundations/render.ipynb #zbuffer
 @torch.no_grad()
-def zbuffer(xy, z, faces, size, near, far, cull, chunk) -> Tensor:
+def zbuffer(xy: Tensor, z: Tensor, faces: Tensor, size: tuple[int, int],
+            near: float, far: float, cull: bool, chunk: int) -> Tensor:
     """The nearest face of every sample as a key: depth's bits, then the face.
 
     Arguments as in `rasterise`. Returns (B * H * W,) int64, EMPTY where empty.
@@ -174,7 +183,8 @@ class Barycentrics(torch.autograd.Function):
     """Weights and depth at samples of given faces, with their derivatives."""
 
     @staticmethod
-    def forward(ctx, x, y, z, corner, px, py):
+    def forward(ctx: Any, x: Tensor, y: Tensor, z: Tensor, corner: Tensor,
+                px: Tensor, py: Tensor) -> tuple[Tensor, Tensor]:
         """x, y, z (V,); corner (3, N) int64; px, py (N,) -> (N, 3), (N,)."""
         at = corner.view(-1)
         p, q, d = (a.index_select(0, at).view(3, -1) for a in (x, y, z))
@@ -189,7 +199,7 @@ class Barycentrics(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, g_w, g_depth):
+    def backward(ctx: Any, g_w: Tensor, g_depth: Tensor) -> tuple:
         p, q, d, at, area, s1, s2, w, depth = ctx.saved_tensors
         g = g_depth * depth * depth
         a1 = (g_w[:, 1] - g_w[:, 0] - g * s1) / area
@@ -361,7 +371,8 @@ def shading(
     return ambient[:, None, None] + diffuse[:, None, None] * cosine
 
 # %% ../nbs/foundations/render.ipynb #grid_faces
-def grid_faces(height: int, width: int, device=None) -> Tensor:
+def grid_faces(height: int, width: int,
+               device: str | torch.device | None = None) -> Tensor:
     """Two faces a cell of a grid of vertices, (T, 3) int64.
 
     First the upper left ones of all cells, row by row, then the lower right;

@@ -19,10 +19,10 @@ __all__ = ['DAMAGE', 'POSE', 'DISTANCES', 'OURS', 'GENUINE', 'TAIL', 'PAIRS', 'O
 
 # %% ../nbs/chapters/sdd_fiqa.ipynb #imports
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ from .models.recognisers import (
     align, crop_faces, dlib_installed, five_points, load_dlib)
 from .processes import (
     count, gather_rows, is_main, join, rank, share, wait_for_all)
-from .readers.faces import check, read_bin, read_faces
+from .readers.faces import Faces, check, read_bin, read_faces
 from .seeding import generator, seed_everything
 from .training import (
     History, Processes, Recipe, cosine, fit, milestones, one_cycle)
@@ -95,7 +95,8 @@ DAMAGE = ("blur", "noise", "occlusion", "low light", "low resolution", "JPEG")
 POSE = "extreme pose"           # is rendered, not added to a picture
 
 
-def damage(image: np.ndarray, kind: str, s: float, rng) -> np.ndarray:
+def damage(image: np.ndarray, kind: str, s: float,
+           rng: np.random.Generator) -> np.ndarray:
     """Spoil a picture in one way.
 
     image: (h, h, 3) uint8; kind: one of DAMAGE; s: strength in [0, 1]; rng:
@@ -197,7 +198,8 @@ def folder_pictures(root: Path, people: int, images: int) -> Pictures:
     return Pictures(x.numpy(), person, np.full(len(person), np.nan))
 
 
-def load_pictures(config: Config, seed: int, people=None) -> Pictures:
+def load_pictures(config: Config, seed: int,
+                  people: int | None = None) -> Pictures:
     """People of a seed: rendered anew, or those in the user's folder."""
     if config.data_root is None:
         return world_pictures(people or config.people, config.images, seed)
@@ -366,7 +368,7 @@ def vary(x: Tensor) -> Tensor:
     return (x + amount * (x - soft)).clamp(-1, 1)
 
 
-def shrink(images, size: int = 64) -> Tensor:
+def shrink(images: np.ndarray | Tensor, size: int = 64) -> Tensor:
     """(n, h, h, 3) uint8 to (n, 3, size, size) float32 in [-1, 1].
 
     Pictures that have the size are not resampled.
@@ -382,17 +384,18 @@ def shrink(images, size: int = 64) -> Tensor:
 class LabelLoss:
     """The Huber loss of predictions and labels; change: of a batch."""
 
-    def __init__(self, change=None):
+    def __init__(self, change: Callable | None = None):
         self.change = change
 
-    def __call__(self, net, batch, step):
+    def __call__(self, net: nn.Module, batch: tuple, step: int) -> Tensor:
         x, y = batch
         return F.smooth_l1_loss(net(self.change(x) if self.change else x), y)
 
 
 def train_network(
-    net: QualityNet, x, labels: Tensor, steps: int, rate: float,
-    batch_size: int = 64, seed: int = 0, change=None, loss=None,
+    net: QualityNet, x: Tensor, labels: Tensor, steps: int, rate: float,
+    batch_size: int = 64, seed: int = 0, change: Callable | None = None,
+    loss: Callable | None = None,
 ) -> History:
     """Fit `net` to pseudo-labels by the Huber loss, threshold 1.
 
@@ -444,13 +447,14 @@ class PairLoss:
     def __init__(self, x: Tensor):
         self.x = x
 
-    def __call__(self, net, batch, step):
+    def __call__(self, net: nn.Module, batch: tuple, step: int) -> Tensor:
         (i, j), y = batch
         q = net(torch.cat([self.x[i], self.x[j]])).view(2, -1)
         return F.smooth_l1_loss(q.amin(0), y)
 
 
-def genuine_pairs(e: Tensor, person, most: int = 20_000, seed: int = 0):
+def genuine_pairs(e: Tensor, person: np.ndarray | Tensor, most: int = 20_000,
+                  seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     """Genuine pairs (i, j) and their cosines stretched to 0..100."""
     person, u = torch.as_tensor(person), F.normalize(e, dim=1)
     same = (person[:, None] == person).triu(1)
@@ -480,7 +484,7 @@ class MarginLoss:
     def __init__(self, s: float, m: float):
         self.s, self.m = s, m
 
-    def __call__(self, net, batch, step):
+    def __call__(self, net: nn.Module, batch: tuple, step: int) -> Tensor:
         x, y = batch
         x = x.permute(0, 3, 1, 2).float().contiguous() / 127.5 - 1
         flip = torch.rand(len(x), 1, 1, 1) < 0.5
@@ -504,7 +508,9 @@ def second_pictures(config: Config) -> dict:
     return {"images": small, "person": np.tile(pictures.person, 3)}
 
 
-def train_second(config: Config, images, person, folder=None) -> dict:
+def train_second(config: Config, images: np.ndarray | Tensor,
+                 person: np.ndarray | Tensor,
+                 folder: Path | None = None) -> dict:
     """The second recogniser's weights."""
     seed_everything(0)
     net = SecondRecogniser(int(np.max(person)) + 1)
@@ -544,7 +550,7 @@ def _scale(x: Tensor) -> Tensor:
 
 
 def training_set(config: Config, pictures: Pictures, second: dict, seed: int,
-                 rng) -> TrainingSet:
+                 rng: np.random.Generator) -> TrainingSet:
     """Damage the pictures in several ways, see them, label them."""
     y = pictures.person
     sets = [damaged(pictures, rng) for _ in range(config.versions)]
@@ -600,7 +606,7 @@ def train_rows(config: Config, of: TrainingSet, seed: int) -> dict:
     return nets
 
 # %% ../nbs/chapters/sdd_fiqa.ipynb #label_scores
-def label_scores(e: Tensor, person) -> dict:
+def label_scores(e: Tensor, person: np.ndarray | Tensor) -> dict:
     """Scores from all pairs: name → (n,). They need to know who is who."""
     images = ImageSet(e, person)
     p, n = mean_similarities(images)
@@ -654,14 +660,16 @@ def one_seed(config: Config, second: dict, seed: int) -> dict:
 FMRS = (1e-2, 1e-3)
 
 
-def reject(e, person, quality, upto: float, fmrs=FMRS):
+def reject(e: Tensor, person: np.ndarray | Tensor, quality: np.ndarray | Tensor,
+           upto: float, fmrs: Sequence[float] = FMRS) -> tuple:
     """Error-versus-reject curve up to `upto`, and its AOC by FMR."""
     rates = np.linspace(0, upto, round(upto / 0.05) + 1)
     curve = reject_curve(e, person, quality, fmrs, rates)
     return curve, aoc(curve, upto)
 
 # %% ../nbs/chapters/sdd_fiqa.ipynb #spearman
-def spearman(quality, kind, strength) -> dict[str, float]:
+def spearman(quality: np.ndarray | Tensor, kind: np.ndarray | Tensor,
+             strength: np.ndarray | Tensor) -> dict[str, float]:
     """Rank correlation of quality and strength, for each kind of damage."""
     from scipy.stats import spearmanr
 
@@ -669,8 +677,8 @@ def spearman(quality, kind, strength) -> dict[str, float]:
             for k in (*DAMAGE, POSE) if (kind == k).sum() > 2}
 
 
-def sampling_rows(config: Config, e: Tensor, person, seed: int,
-                  runs: int = 8) -> dict:
+def sampling_rows(config: Config, e: Tensor, person: np.ndarray | Tensor,
+                  seed: int, runs: int = 8) -> dict:
     """Number of partners, and wrong names: row → metric → value.
 
     "label noise": standard deviation of a label over `runs` draws, in
@@ -792,7 +800,7 @@ def check_mechanism(report: Report, found: list[dict]) -> None:
 # %% ../nbs/chapters/sdd_fiqa.ipynb #measure
 @plumbing
 def measure(config: Config, found: list[dict], scored: list[dict],
-            folder) -> Report:
+            folder: RunFolder) -> Report:
     """The report on what `one_seed` and `score_seed` found."""
     metrics, arrays = {}, {}
     for seed, s in zip(config.seeds, scored):
@@ -816,7 +824,7 @@ def measure(config: Config, found: list[dict], scored: list[dict],
     return report
 
 # %% ../nbs/chapters/sdd_fiqa.ipynb #run
-def seen_by_camera(image: np.ndarray, rng) -> np.ndarray:
+def seen_by_camera(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """A rendered face as some camera would have it: grain, size, codec."""
     import cv2
 
@@ -890,7 +898,8 @@ def run(config: Config) -> Report:
     return report
 
 # %% ../nbs/chapters/sdd_fiqa.ipynb #load_quality
-def load_quality(weights: str | Path | None = None):
+def load_quality(weights: str | Path | None = None
+                ) -> tuple[Callable, str, int]:
     """What scores faces: (function, template of its crops, their size).
 
     weights: those of a run of this chapter, or the authors' quality network;
@@ -911,8 +920,8 @@ def load_quality(weights: str | Path | None = None):
     return lambda x: predict(net, shrink(x)), "dlib150", 150
 
 # %% ../nbs/chapters/sdd_fiqa.ipynb #apply
-def judge_photo(item: Item, quality, template: str, size: int,
-                faces: list) -> dict:
+def judge_photo(item: Item, quality: Callable[[np.ndarray], Tensor],
+                template: str, size: int, faces: list) -> dict:
     """Quality of the largest face of a picture, or why there is none."""
     crop = crop_faces([item.picture()], template, size)
     if not crop.found[0] and dlib_installed():
@@ -926,7 +935,8 @@ def judge_photo(item: Item, quality, template: str, size: int,
             else "not looked for"}
 
 
-def apply(inputs, weights=None, out_dir=None) -> list[dict]:
+def apply(inputs: object, weights: str | Path | Mapping | None = None,
+          out_dir: str | Path | None = None) -> list[dict]:
     """Quality of the largest face in each picture.
 
     inputs: a path, array, PIL image or tensor, a folder, or a list of them;
@@ -978,7 +988,8 @@ class ImageSet:
     Raises UserError naming the row that is zero or not finite.
     """
 
-    def __init__(self, embeddings, identity):
+    def __init__(self, embeddings: np.ndarray | Tensor,
+                 identity: np.ndarray | Tensor | Sequence):
         self.e = e = torch.as_tensor(embeddings)
         _, y, count = np.unique(
             np.asarray(identity), return_inverse=True, return_counts=True)
@@ -1004,7 +1015,7 @@ class ImageSet:
         """Embeddings of the images i, length one: (*i.shape, d) float32."""
         return self.e[i].float() * self.scale[i].unsqueeze(-1)
 
-    def chunks(self, rows: int, min_images: int = 2):
+    def chunks(self, rows: int, min_images: int = 2) -> Iterator[Tensor]:
         """Yield image numbers of whole people, about `rows` at a time."""
         order = self.order[self.size[self.order] >= min_images]
         y = self.y[order]
@@ -1231,9 +1242,10 @@ def _check_labels(e, m, repetitions, distance, min_images, drop_top):
 
 
 def pseudo_labels(
-    embeddings, identity, m: int | None = 24, repetitions: int = 12,
-    distance: str = "wasserstein", generator: torch.Generator | None = None,
-    min_images: int = 2, drop_top: float = 0.0,
+    embeddings: np.ndarray | Tensor, identity: np.ndarray | Tensor | Sequence,
+    m: int | None = 24, repetitions: int = 12, distance: str = "wasserstein",
+    generator: torch.Generator | None = None, min_images: int = 2,
+    drop_top: float = 0.0,
 ) -> Labels:
     """SDD pseudo-labels of images with known people.
 
@@ -1279,7 +1291,8 @@ OFFICIAL = {
     "mfn_recogniser": lambda: MobileFaceNet()}
 
 
-def load_official(weights, network: str | None = None) -> nn.Module:
+def load_official(weights: str | Path | Mapping,
+                  network: str | None = None) -> nn.Module:
     """A network of the authors with their weights, in eval mode.
 
     weights: a path, or name → tensor or array; network: one of OFFICIAL, by
@@ -1305,7 +1318,9 @@ def load_official(weights, network: str | None = None) -> nn.Module:
 BENCHMARKS = ("lfw", "cfp_fp", "agedb_30")
 
 
-def look_through(root: Path, recogniser: Path | None = None):
+def look_through(root: Path,
+                 recogniser: Path | None = None
+                ) -> tuple[dict, list[str], list[str]]:
     """The parts of preset `full` under root, lines on them, what is wrong."""
     train, lines, wrong = root / "train.rec", [], []
     if not (train.is_file() and train.with_suffix(".idx").is_file()):
@@ -1391,14 +1406,14 @@ class TrainingFaces:
     (B,) labels: what is done to the pictures is done on the device.
     """
 
-    def __init__(self, faces, labels: Tensor):
+    def __init__(self, faces: Faces, labels: Tensor):
         self.faces, self.labels = faces, labels
         self.at = labels.isfinite().nonzero().squeeze(1)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.at)
 
-    def __getitems__(self, rows):
+    def __getitems__(self, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         at = self.at[torch.tensor(rows)]
         x = np.stack([self.faces.load(int(i), 112) for i in at])
         return torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), \
@@ -1408,13 +1423,13 @@ class TrainingFaces:
 class Rows(torch.utils.data.Dataset):
     """Some of the pictures of `readers.faces.Faces`, (112, 112, 3) uint8."""
 
-    def __init__(self, faces, rows: range):
+    def __init__(self, faces: Faces, rows: range):
         self.faces, self.rows = faces, rows
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> np.ndarray:
         return self.faces.load(self.rows[i], 112)
 
 
@@ -1423,8 +1438,10 @@ def _stacked(items) -> Tensor:
 
 
 @torch.no_grad()
-def in_batches(network, faces, config: Config, batch: int = 256,
-               rows: range | None = None):
+def in_batches(network: Callable[[Tensor], Tensor], faces: Faces,
+               config: Config, batch: int = 256,
+               rows: range | None = None
+              ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Yield (pictures (b, 112, 112, 3) uint8, what `network` gives), on the
     CPU; of `rows` alone where they are given."""
     device = Processes().device
@@ -1439,7 +1456,7 @@ def in_batches(network, faces, config: Config, batch: int = 256,
         yield x.numpy(), y.float().cpu()
 
 # %% ../nbs/chapters/sdd_fiqa.ipynb #embed_all
-def embed_all(config: Config, faces, network, folder: Path,
+def embed_all(config: Config, faces: Faces, network: nn.Module, folder: Path,
               size: int = 16_384) -> np.ndarray:
     """Embeddings of all training faces, as a memory map: (n, 512).
 
@@ -1480,19 +1497,20 @@ def embed_all(config: Config, faces, network, folder: Path,
 OFFICIAL_SCHEDULE = milestones(5 / 20, 10 / 20)
 
 
-def official_optimizer(parameters, rate: float = 1e-4) -> torch.optim.Adam:
+def official_optimizer(parameters: Iterable,
+                       rate: float = 1e-4) -> torch.optim.Adam:
     """The released code's: weight decay is added to the gradient."""
     return torch.optim.Adam(parameters, rate, (0.9, 0.99), 1e-6,
                             weight_decay=5e-4)
 
 
-def huber(net, batch, step) -> Tensor:
+def huber(net: nn.Module, batch: tuple, step: int) -> Tensor:
     """The authors' loss: Huber with threshold 1. Source: eq. sdd-huber."""
     x, y = batch
     return F.smooth_l1_loss(net(x).squeeze(-1), y)
 
 
-def full_loss(net, batch, step) -> Tensor:
+def full_loss(net: nn.Module, batch: tuple, step: int) -> Tensor:
     """The same of uint8 pictures, mirrored at random."""
     x, y = batch
     x = x.float() / 127.5 - 1
@@ -1500,7 +1518,7 @@ def full_loss(net, batch, step) -> Tensor:
     return huber(net, (torch.where(flip, x.flip(3), x), y), step)
 
 # %% ../nbs/chapters/sdd_fiqa.ipynb #run_full
-def label_faces(config: Config, e: np.ndarray, identity) -> dict:
+def label_faces(config: Config, e: np.ndarray, identity: np.ndarray) -> dict:
     """Pseudo-labels of embedded faces, the work shared by all processes."""
     return pseudo_labels(
         e, identity, config.m, config.repetitions,
@@ -1508,8 +1526,8 @@ def label_faces(config: Config, e: np.ndarray, identity) -> dict:
         min_images=config.min_images, drop_top=config.drop_top)._asdict()
 
 
-def train_full(config: Config, train: str, recogniser: str, labels,
-               folder=None) -> dict:
+def train_full(config: Config, train: str, recogniser: str,
+               labels: np.ndarray | Tensor, folder: Path | None = None) -> dict:
     """The quality network's weights, by the released recipe."""
     seed_everything(config.seed)
     net = OFFICIAL[f"{config.network}_quality"]()
@@ -1528,7 +1546,8 @@ def train_full(config: Config, train: str, recogniser: str, labels,
     return {k: v.cpu() for k, v in net.state_dict().items()}
 
 
-def evaluate_full(config: Config, path: str, recogniser: str, weights) -> dict:
+def evaluate_full(config: Config, path: str, recogniser: str,
+                  weights: Mapping) -> dict:
     """AOC on a verification set: "row|metric" → value.
 
     path: an insightface .bin. NaN where its pairs are too few for an FMR.
@@ -1557,7 +1576,7 @@ def evaluate_full(config: Config, path: str, recogniser: str, weights) -> dict:
     return found
 
 
-def rehearse(config: Config, plan) -> None:
+def rehearse(config: Config, plan: Any) -> None:
     """The works of preset full; plan: a `facebook_nb.cli.Rehearsal`."""
     parts = check_full(config)
     faces, recogniser = read_faces(parts["train"]), str(parts["recogniser"])

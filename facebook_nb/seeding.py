@@ -7,9 +7,10 @@ __all__ = ['generator', 'seed_everything']
 
 # %% ../nbs/foundations/seeding.ipynb #imports
 import hashlib
+from typing import Any
 
 # %% ../nbs/foundations/seeding.ipynb #generator
-def generator(seed: int, *names: str | int):
+def generator(seed: int, *names: str | int) -> Any:
     """A torch.Generator (CPU) for a part of an experiment.
 
     Its stream depends on the seed and the names, not on what else was drawn.

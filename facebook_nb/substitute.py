@@ -13,11 +13,11 @@ __all__ = ['DATA', 'STUDENTS', 'ALONE', 'ROWS', 'MEASURES', 'CLAIM', 'FINDINGS',
 # %% ../nbs/chapters/substitute.ipynb #imports
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -94,7 +94,7 @@ class Config(Settings):
     }
 
 # %% ../nbs/chapters/substitute.ipynb #classifier
-def classifier(target) -> Callable[[np.ndarray], np.ndarray]:
+def classifier(target: object) -> Callable[[np.ndarray], np.ndarray]:
     """A target as one plain function, whatever it is made of.
 
     target: a torch module that gives logits, a scikit-learn classifier
@@ -148,7 +148,7 @@ class Door:
     "rounded" (to two digits) or "labels" (only the first place).
     """
 
-    def __init__(self, target, classes: int, budget: int,
+    def __init__(self, target: object, classes: int, budget: int,
                  access: str = "probabilities"):
         if access not in ("probabilities", "rounded", "labels"):
             raise UserError(f"access={access!r}: one of probabilities, "
@@ -229,7 +229,8 @@ class CondNorm(nn.Module):
     "instance" erases them. Source: eq. substitute-norm.
     """
 
-    def __init__(self, channels: int, label_dim: int, statistics="batch"):
+    def __init__(self, channels: int, label_dim: int,
+                 statistics: str = "batch"):
         super().__init__()
         kind = {"batch": nn.BatchNorm2d, "instance": nn.InstanceNorm2d}
         self.norm = kind[statistics](channels, affine=False)
@@ -264,8 +265,9 @@ class Generator(nn.Module):
     `before` gives the values that the sigmoid takes.
     """
 
-    def __init__(self, shape, classes: int, width=64, z_dim=128,
-                 condition="norm", statistics="batch", label_dim=128):
+    def __init__(self, shape: Sequence[int], classes: int, width: int = 64,
+                 z_dim: int = 128, condition: str = "norm",
+                 statistics: str = "batch", label_dim: int = 128):
         super().__init__()
         c, *self.size = shape
         levels = 1
@@ -327,7 +329,7 @@ class Generator(nn.Module):
 class Reader(nn.Module):
     """Reads the noise back from an image: (N, c, H, W) -> (N, z_dim)."""
 
-    def __init__(self, shape, z_dim: int, width: int = 32):
+    def __init__(self, shape: Sequence[int], z_dim: int, width: int = 32):
         super().__init__()
         c, h, w = shape
         self.body = nn.Sequential(
@@ -492,12 +494,12 @@ class still_statistics:
         self.norms = [m for m in model.modules()
                       if isinstance(m, nn.BatchNorm2d)]
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.kept = [m.momentum for m in self.norms]
         for m in self.norms:
             m.momentum = 0.0
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for m, momentum in zip(self.norms, self.kept):
             m.momentum = momentum
 
@@ -505,8 +507,8 @@ class still_statistics:
 class Dreams:
     """The generator of a row with all that trains it."""
 
-    def __init__(self, method: Method, shape, classes: int, config: Config,
-                 device="cpu"):
+    def __init__(self, method: Method, shape: Sequence[int], classes: int,
+                 config: Config, device: str | torch.device = "cpu"):
         self.method, self.classes, self.device = method, classes, device
         # as many of each class as of any other
         self.per = max(2, config.batch // classes)
@@ -561,7 +563,8 @@ class Store:
     probabilities, allocated at once; a draw costs its own length.
     """
 
-    def __init__(self, shape, classes: int, capacity: int, device="cpu"):
+    def __init__(self, shape: Sequence[int], classes: int, capacity: int,
+                 device: str | torch.device = "cpu"):
         self.x = torch.empty(capacity, *shape, dtype=torch.float16,
                              device=device)
         self.y = torch.empty(capacity, dtype=torch.int64, device=device)
@@ -592,14 +595,15 @@ class Store:
         """All kept images and their labels."""
         return self.x[:self.size].float(), self.y[:self.size]
 
-    def draw(self, n: int, draw: torch.Generator):
+    def draw(self, n: int,
+             draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor | None]:
         """(x, y, p) of n random answers; p is None for labels alone."""
         k = torch.randint(self.size, (n,), generator=draw).to(self.y.device)
         return (self.x[k].float(), self.y[k],
                 self.p[k] if self.whole else None)
 
 # %% ../nbs/chapters/substitute.ipynb #strokes
-def strokes(n: int, shape, draw: torch.Generator) -> Tensor:
+def strokes(n: int, shape: Sequence[int], draw: torch.Generator) -> Tensor:
     """Images of one to three bent strokes: another domain's pictures.
 
     Returns (n, c, H, W) in [0, 1], grey where c > 1.
@@ -622,7 +626,8 @@ def strokes(n: int, shape, draw: torch.Generator) -> Tensor:
     return ink.view(n, 1, h, w).expand(n, c, h, w).contiguous()
 
 # %% ../nbs/chapters/substitute.ipynb #augment
-def augment(student: nn.Module, x: Tensor, y: Tensor, step: float = 0.1):
+def augment(student: nn.Module, x: Tensor, y: Tensor,
+            step: float = 0.1) -> Tensor:
     """JBDA's new images: each moved to raise the logit of T's label.
 
     x: (N, c, H, W), y: (N,). One backward pass for the batch, since an
@@ -665,9 +670,10 @@ def probe(door: Door, z: Tensor, x: Tensor, y_p: Tensor,
     return total / (directions * len(z))
 
 # %% ../nbs/chapters/substitute.ipynb #steal
-def steal(method: Method, door: Door, shape, config: Config, seed: int,
-          images: Tensor | None = None, student: nn.Module | None = None,
-          watch=None, asked=None, eps: float | None = None):
+def steal(method: Method, door: Door, shape: Sequence[int], config: Config,
+          seed: int, images: Tensor | None = None,
+          student: nn.Module | None = None, watch: Callable | None = None,
+          asked: Callable | None = None, eps: float | None = None) -> tuple:
     """Train a substitute on a target's answers until the door closes.
 
     shape: (c, H, W) of the images. images: (N, c, H, W) real ones, for the
@@ -961,15 +967,15 @@ def within(x: Tensor, classes: int) -> float:
     return (x - x.roll(1, 1)).abs().mean().item()
 
 
-def evenness(counts) -> float:
+def evenness(counts: np.ndarray | Tensor) -> float:
     """Entropy of a histogram over its largest value: 1 is even."""
     counts = np.asarray(counts, float)
     share = counts[counts > 0] / max(1, counts.sum())
     return float(-(share * np.log(share)).sum() / np.log(len(counts)))
 
 
-def run_row(config: Config, source: Mapping, target: nn.Module,
-            method: Method, eps: float, p_test, seed: int) -> dict:
+def run_row(config: Config, source: Mapping, target: nn.Module, method: Method,
+            eps: float, p_test: np.ndarray | Tensor, seed: int) -> dict:
     """One substitute, from nothing to its last query, and its report.
 
     source: of `read_data`; p_test: (N, n), what the target says of the test
@@ -1037,7 +1043,8 @@ def train_target(config: Config, source: Mapping, name: str,
     return {k: v.cpu() for k, v in target.state_dict().items()}
 
 
-def as_target(name: str, state: Mapping, shape, classes: int) -> nn.Module:
+def as_target(name: str, state: Mapping, shape: Sequence[int],
+              classes: int) -> nn.Module:
     """The target of `train_target`, from its weights."""
     state = {k: torch.as_tensor(v) for k, v in state.items()}
     if name == "svc":
@@ -1111,7 +1118,8 @@ def _decided(report: Report) -> None:
             found.verdict == "shown", str(found)))
 
 
-def summarise(found: Mapping, rows, config: Config, folder) -> Report:
+def summarise(found: Mapping, rows: Sequence[str], config: Config,
+              folder: RunFolder) -> Report:
     """The report: means over targets a seed, and what they decide.
 
     found: (seed, target, row) → what `run_row` gave; row "" is the target.
@@ -1233,7 +1241,7 @@ def run(config: Config) -> Report:
     return report
 
 # %% ../nbs/chapters/substitute.ipynb #local_target
-def local_target(text: str):
+def local_target(text: str) -> Any:
     """The object that "module:name" names in Python code on this machine.
 
     Raises UserError for anything else: a file, an address, a name that is
@@ -1325,7 +1333,9 @@ def _audit(item, weights, config: Config) -> dict:
     return row
 
 # %% ../nbs/chapters/substitute.ipynb #apply
-def apply(inputs, weights=None, out_dir=None, config: Config | None = None):
+def apply(inputs: object, weights: str | Path | Mapping | None = None,
+          out_dir: str | Path | None = None,
+          config: Config | None = None) -> list[dict]:
     """How much do the answers of your own model give away?
 
     inputs: one or several of "module:name", a callable in your own Python

@@ -16,11 +16,13 @@ import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import (
+    Callable, Container, Iterable, Iterator, Mapping, Sequence)
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +57,7 @@ class Recipe:
     checkpoint_every: int | None = None    # steps; None: only at the end
     keep: int = 2                   # checkpoints
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, lowest in dict(
                 steps=0, batch_size=1, accumulate=1, workers=0, log_every=1,
                 evaluate_every=1, checkpoint_every=1, keep=1).items():
@@ -152,7 +154,9 @@ class Batches(Dataset):
     process (`rank` of `ranks`) does in step i // accumulate.
     """
 
-    def __init__(self, data, recipe: Recipe, order=None, rank=0, ranks=1):
+    def __init__(self, data: object, recipe: Recipe,
+                 order: Callable[[int], Tensor] | None = None, rank: int = 0,
+                 ranks: int = 1):
         self.data, self.recipe, self.rank = data, recipe, rank
         self.samples, self.cuts = _length(data), ranks * recipe.accumulate
         self.order = order or self.shuffled
@@ -183,7 +187,7 @@ class Batches(Dataset):
     def __len__(self) -> int:
         return self.recipe.steps * self.recipe.accumulate
 
-    def __getitem__(self, i: int):
+    def __getitem__(self, i: int) -> tuple[float, Any]:
         step, piece = divmod(i, self.recipe.accumulate)
         index = self.indices(step, piece)
         seed_all(self.recipe.seed, "data", step, piece, self.rank)
@@ -209,12 +213,12 @@ class Processes:
                 self.device = torch.device("cuda", card)
             torch.cuda.set_device(self.device)
 
-    def add_up(self, tensors) -> None:
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors by their sums over all processes."""
         if self.count > 1:
             _packed(tensors, torch.distributed.all_reduce)
 
-    def copy_first(self, tensors) -> None:
+    def copy_first(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors by those of process 0."""
         if self.count > 1:
             _packed(tensors, lambda flat: torch.distributed.broadcast(
@@ -263,7 +267,7 @@ class GradientSum:
 
     SIZE = 2**22                        # numbers in a bucket, about
 
-    def __init__(self, group: Processes, parameters):
+    def __init__(self, group: Processes, parameters: Iterable[Tensor]):
         self.buckets, room = [], 0
         for p in reversed(parameters if group.count > 1 else []):
             if room <= 0 or p.dtype != self.buckets[-1][0].dtype:
@@ -275,7 +279,7 @@ class GradientSum:
                      for p in bucket}
 
     @contextmanager
-    def travelling(self):
+    def travelling(self) -> Iterator[None]:
         """Around the last backward; outside, gradients only pile up."""
         self.missing = [len(bucket) for bucket in self.buckets]
         self.sent = []
@@ -340,7 +344,9 @@ def _clip(group: Processes, shared, sharded, limit: float) -> None:
 class Turn:
     """One optimiser's part of a step: calling it returns its scalars."""
 
-    def __init__(self, name, loss, optimizer, rivals, own, recipe, group):
+    def __init__(self, name: str, loss: Callable,
+                 optimizer: torch.optim.Optimizer, rivals: Iterable[Tensor],
+                 own: Container[int], recipe: Recipe, group: Processes):
         self.name, self.loss, self.optimizer = name, loss, optimizer
         self.recipe, self.group = recipe, group
         mine = {id(p): p for p in _parameters(optimizer)}
@@ -352,7 +358,8 @@ class Turn:
         if isinstance(self.limit, Mapping):
             self.limit = self.limit.get(name)
 
-    def __call__(self, model: nn.Module, pieces, step: int) -> dict:
+    def __call__(self, model: nn.Module, pieces: Iterable[tuple[float, Any]],
+                 step: int) -> dict:
         row: dict = {}
         with _frozen(self.others):
             for number, (share, batch) in enumerate(pieces, 1):
@@ -396,7 +403,8 @@ class History:
         past.extend([math.nan] * (step - len(past)))
         past.append(value)
 
-    def curve(self, name: str = "loss", points: int = 100):
+    def curve(self, name: str = "loss",
+              points: int = 100) -> tuple[np.ndarray, np.ndarray]:
         """(steps, means): of at most `points` equal parts, to be plotted."""
         values = np.array(self.losses[name])
         known = np.flatnonzero(~np.isnan(values))
@@ -902,10 +910,14 @@ def _loop(run: Run, stream, schedule, evaluate, save, report) -> None:
             save()
 
 # %% ../nbs/foundations/training.ipynb #fit
-def fit(model: nn.Module, loss, data, optimizer, recipe: Recipe, *,
-        schedule: Schedule = constant, evaluate=None, order=None,
+def fit(model: nn.Module, loss: Callable | Mapping[str, Callable], data: object,
+        optimizer: torch.optim.Optimizer | Mapping[str, torch.optim.Optimizer],
+        recipe: Recipe, *, schedule: Schedule = constant,
+        evaluate: Callable | None = None,
+        order: Callable[[int], Tensor] | None = None,
         sharded: nn.Module | None = None, settings: Mapping | None = None,
-        folder: str | Path | None = None, device=None) -> History:
+        folder: str | Path | None = None,
+        device: str | torch.device | None = None) -> History:
     """Train `model` in place; return what there is to plot.
 
     loss: (model, batch, step) -> scalar, or mapping of scalars with "loss",

@@ -6,6 +6,7 @@
 __all__ = ['evaluated', 'carlini_wagner', 'universal']
 
 # %% ../../nbs/foundations/attacks.ipynb #imports
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 # %% ../../nbs/foundations/attacks.ipynb #evaluated
 @contextmanager
-def evaluated(model):
+def evaluated(model: object) -> Iterator[None]:
     """Inside, a module is in eval mode; afterwards each part is as before.
 
     Anything else that can be called is left alone.

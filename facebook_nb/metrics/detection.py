@@ -7,7 +7,7 @@ __all__ = ['THUMOS14_TIOU', 'ACTIVITYNET_TIOU', 'KINDS', 'temporal_iou', 'soft_n
            'boundary_errors', 'ap_by_length', 'error_shares']
 
 # %% ../../nbs/foundations/detection.ipynb #imports
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -138,7 +138,8 @@ def _average_precision(hit: np.ndarray, truths: int) -> np.ndarray:
     return (hit * precision).sum(0) / truths
 
 # %% ../../nbs/foundations/detection.ipynb #mean_ap
-def mean_ap(truth: Mapping, found: Mapping, tiou=THUMOS14_TIOU) -> MeanAP:
+def mean_ap(truth: Mapping, found: Mapping,
+            tiou: Sequence[float] = THUMOS14_TIOU) -> MeanAP:
     """Mean average precision of detections.
 
     truth: "video" (m,), "label" (m,), "segment" (m, 2); found: the same
@@ -178,7 +179,8 @@ def mean_ap(truth: Mapping, found: Mapping, tiou=THUMOS14_TIOU) -> MeanAP:
     return MeanAP(ap, classes, ap.mean(1), float(ap.mean(1).mean()))
 
 # %% ../../nbs/foundations/detection.ipynb #best_matches
-def best_matches(truth: Mapping, found: Mapping, same: bool = True):
+def best_matches(truth: Mapping, found: Mapping,
+                 same: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Best overlap of each detection, and with which action: (n,), (n,).
 
     same: of actions of its class only. -1 where a video has none.
@@ -201,7 +203,8 @@ def best_matches(truth: Mapping, found: Mapping, same: bool = True):
     return best, which
 
 # %% ../../nbs/foundations/detection.ipynb #boundary_errors
-def boundary_errors(truth: Mapping, found: Mapping, least: float = 0.3):
+def boundary_errors(truth: Mapping, found: Mapping,
+                    least: float = 0.3) -> np.ndarray:
     """Mean error of both ends of each action, NaN where none overlaps.
 
     Of the best-scored detection with overlap `least`: (G,), in the units of
@@ -218,7 +221,7 @@ def boundary_errors(truth: Mapping, found: Mapping, least: float = 0.3):
     return np.where(pick >= 0, error, np.nan)
 
 # %% ../../nbs/foundations/detection.ipynb #ap_by_length
-def ap_by_length(truth: Mapping, found: Mapping, tiou: float = 0.5):
+def ap_by_length(truth: Mapping, found: Mapping, tiou: float = 0.5) -> tuple:
     """mAP of the short, middle and long third of the actions, and limits.
 
     As always, a video without an action that counts does not count.
@@ -241,7 +244,8 @@ def ap_by_length(truth: Mapping, found: Mapping, tiou: float = 0.5):
 KINDS = ("right", "double", "localisation error", "wrong class", "background")
 
 
-def error_shares(truth: Mapping, found: Mapping, tiou: float = 0.5):
+def error_shares(truth: Mapping, found: Mapping,
+                 tiou: float = 0.5) -> np.ndarray:
     """Shares of KINDS among as many best detections as there are actions."""
     top = np.argsort(found["score"], kind="stable")[::-1]
     top = top[: len(truth["label"])]

@@ -196,7 +196,8 @@ def unit_rows(embeddings: np.ndarray | torch.Tensor) -> torch.Tensor:
     return x / norm
 
 
-def identity_codes(ids: np.ndarray, n: int, device=None) -> torch.Tensor:
+def identity_codes(ids: np.ndarray, n: int,
+                   device: str | torch.device | None = None) -> torch.Tensor:
     """(n,) int32 codes of any labels, equal where the labels are equal."""
     ids = ids.cpu().numpy() if isinstance(ids, torch.Tensor) else ids
     codes = np.unique(np.asarray(ids), return_inverse=True)[1].ravel()

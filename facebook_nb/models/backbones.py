@@ -70,7 +70,8 @@ def quality_head(
 
 
 def embedding_head(
-    channels: int, side: int, dim: int, dropout=0.4, affine=False
+    channels: int, side: int, dim: int, dropout: float = 0.4,
+    affine: bool = False,
 ) -> nn.Sequential:
     """Head for an embedding: BN, dropout, flatten, linear, BN.
 
@@ -106,7 +107,8 @@ class IRBlock(nn.Module):
     squeeze-and-excite at the end. (B, c_in, H, W) to (B, c_out, H/s, W/s).
     """
 
-    def __init__(self, c_in, c_out, stride, middle_norm=True, gate=False):
+    def __init__(self, c_in: int, c_out: int, stride: int,
+                 middle_norm: bool = True, gate: bool = False):
         super().__init__()
         if c_in == c_out:
             self.shortcut_layer = nn.MaxPool2d(1, stride)
@@ -160,7 +162,8 @@ class IRNet(Backbone):
     Sources: Tencent/TFace (quality, cifp, Adv-Makeup), InsightFace_Pytorch.
     """
 
-    def __init__(self, depth=50, variant="tface", head="recogniser"):
+    def __init__(self, depth: int = 50, variant: str = "tface",
+                 head: str = "recogniser"):
         super().__init__()
         if depth not in IR_BLOCKS:
             raise UserError(f"depth: {depth} is none of {[*IR_BLOCKS]}")
@@ -190,7 +193,8 @@ class IRNet(Backbone):
 class ConvBlock(nn.Module):
     """Convolution without bias, batch norm and, unless `linear`, a PReLU."""
 
-    def __init__(self, c_in, c_out, kernel=1, stride=1, groups=1, linear=False):
+    def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int] = 1,
+                 stride: int = 1, groups: int = 1, linear: bool = False):
         super().__init__()
         pad = 1 if kernel == 3 else 0
         self.conv = nn.Conv2d(
@@ -206,7 +210,8 @@ class ConvBlock(nn.Module):
 class DepthBlock(nn.Module):
     """1×1 to `expand` channels, 3×3 on each alone, linear 1×1 to `c_out`."""
 
-    def __init__(self, c_in, c_out, stride, expand, residual=False):
+    def __init__(self, c_in: int, c_out: int, stride: int, expand: int,
+                 residual: bool = False):
         super().__init__()
         self.residual = residual
         self.conv = ConvBlock(c_in, expand)
@@ -261,7 +266,8 @@ class MobileFaceNet(Backbone):
 class ConvReLU(nn.Module):
     """Convolution without bias, batch norm, ReLU; no padding by default."""
 
-    def __init__(self, c_in, c_out, kernel=1, stride=1, padding=0):
+    def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int] = 1,
+                 stride: int = 1, padding: int | tuple[int, int] = 0):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
@@ -285,7 +291,8 @@ class Branches(nn.Module):
     and `scale` times it is added to the input; ReLU after it if `relu`.
     """
 
-    def __init__(self, *branches, joined=0, width=0, scale=1.0, relu=True):
+    def __init__(self, *branches: nn.Module, joined: int = 0, width: int = 0,
+                 scale: float = 1.0, relu: bool = True):
         super().__init__()
         self.count, self.scale, self.relu = len(branches), scale, relu
         for i, branch in enumerate(branches):
@@ -434,7 +441,8 @@ class ResidualBlock(nn.Module):
     DropBlock's squares are 5×5, or smaller on maps of less than 10.
     """
 
-    def __init__(self, c_in, c_out, pool=True, drop="elements"):
+    def __init__(self, c_in: int, c_out: int, pool: bool = True,
+                 drop: str = "elements"):
         super().__init__()
         self.pool, self.drop = pool, drop
         for i, c in enumerate((c_in, c_out, c_out), 1):
@@ -483,7 +491,8 @@ class ResNet12(nn.Module):
 
     channels = 640
 
-    def __init__(self, pools=(True, True, True, False), drop="blocks"):
+    def __init__(self, pools: tuple[bool, ...] = (True, True, True, False),
+                 drop: str = "blocks"):
         super().__init__()
         widths = (3, 64, 160, 320, 640)
         drops = ("elements", "elements", drop, drop)
@@ -504,7 +513,7 @@ class Conv4(nn.Module):
 
     channels = 64
 
-    def __init__(self, widths=(32, 32, 64, 64)):
+    def __init__(self, widths: tuple[int, ...] = (32, 32, 64, 64)):
         super().__init__()
         layers = []
         for i, (a, b) in enumerate(zip((3, *widths), widths)):

@@ -6,7 +6,7 @@
 __all__ = ['VGG', 'DastNet', 'Vgg', 'DastBranch', 'DastTrunk', 'dast_images', 'load_official', 'network', 'svc_state', 'SvcNet']
 
 # %% ../../nbs/foundations/classifiers.ipynb #imports
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -57,7 +57,7 @@ class Vgg(nn.Module):
     (`features.N`, `classifier.N`). Gives (N, n) logits.
     """
 
-    def __init__(self, depths, c: int = 3, classes: int = 10):
+    def __init__(self, depths: Sequence[int], c: int = 3, classes: int = 10):
         super().__init__()
         layers = []
         for depth, width in zip(depths, (64, 128, 256, 512, 512)):
@@ -141,7 +141,8 @@ def _grouped_norm(f: Tensor, norms, groups: int) -> Tensor:
     return f
 
 # %% ../../nbs/foundations/classifiers.ipynb #dast_images
-def dast_images(branches, trunk: DastTrunk, z: Tensor) -> Tensor:
+def dast_images(branches: Sequence[nn.Module], trunk: DastTrunk,
+                z: Tensor) -> Tensor:
     """All classes' images in one pass: the fast form of DaST's ten.
 
     branches: one DastBranch a class, n of them; z: (B, 128, 1, 1), B
@@ -221,7 +222,7 @@ class _Block(nn.Module):
         return (self.body(x) + self.skip(x)).relu()
 
 # %% ../../nbs/foundations/classifiers.ipynb #network
-def network(kind: str, shape, classes: int) -> nn.Module:
+def network(kind: str, shape: Sequence[int], classes: int) -> nn.Module:
     """A classifier, (N, c, H, W) in [0, 1] to (N, n) logits.
 
     kind: "small" (two convolutions), "strided" (two that halve, cheaper),
@@ -276,7 +277,7 @@ def _layers(kind: str, shape, classes: int) -> nn.Module:
                          nn.Linear(a, classes))
 
 # %% ../../nbs/foundations/classifiers.ipynb #SvcNet
-def svc_state(model) -> dict[str, Tensor]:
+def svc_state(model: object) -> dict[str, Tensor]:
     """What `SvcNet` needs of scikit-learn's calibrated SVC.
 
     model: a fitted CalibratedClassifierCV(SVC(…), ensemble=False) with the

@@ -7,6 +7,8 @@ __all__ = ['same_padded', 'Conv', 'block', 'Unit', 'Inception', 'I3D', 'load_tru
 
 # %% ../../nbs/foundations/i3d.ipynb #imports
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +32,8 @@ def same_padded(x: Tensor, kernel: tuple, stride: tuple) -> Tensor:
 class Conv(nn.Module):
     """Convolution over 1 or 3 axes, padded "same" unless told otherwise."""
 
-    def __init__(self, axes: int, c_in: int, c_out: int, kernel, stride=1,
+    def __init__(self, axes: int, c_in: int, c_out: int,
+                 kernel: int | Sequence[int], stride: int | Sequence[int] = 1,
                  bias: bool = True, same: bool = True):
         super().__init__()
         self.name, self.same = f"conv{axes}d", same
@@ -45,8 +48,9 @@ class Conv(nn.Module):
         return conv(x)
 
 
-def block(axes: int, c_in: int, c_out: int, kernel, stride=1,
-          groups: int = 32, same: bool = True) -> nn.Sequential:
+def block(axes: int, c_in: int, c_out: int, kernel: int | Sequence[int],
+          stride: int | Sequence[int] = 1, groups: int = 32,
+          same: bool = True) -> nn.Sequential:
     """Convolution, group normalisation, ReLU."""
     return nn.Sequential(
         Conv(axes, c_in, c_out, kernel, stride, same=same),
@@ -56,7 +60,8 @@ def block(axes: int, c_in: int, c_out: int, kernel, stride=1,
 class Unit(Conv):
     """Convolution without bias, batch norm of fixed statistics, ReLU."""
 
-    def __init__(self, c_in: int, c_out: int, kernel=1, stride=1):
+    def __init__(self, c_in: int, c_out: int, kernel: int | Sequence[int] = 1,
+                 stride: int | Sequence[int] = 1):
         super().__init__(3, c_in, c_out, kernel, stride, bias=False)
         self.bn = nn.BatchNorm3d(c_out, eps=1e-3, momentum=0.01)
 
@@ -119,7 +124,7 @@ class I3D(nn.Module):
             if isinstance(part, nn.BatchNorm3d):
                 part.requires_grad_(False)
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         for part in self.modules():
             if isinstance(part, nn.BatchNorm3d):
@@ -142,7 +147,7 @@ class I3D(nn.Module):
         return middle, x
 
 # %% ../../nbs/foundations/i3d.ipynb #load_trunk
-def load_trunk(trunk: I3D, path) -> I3D:
+def load_trunk(trunk: I3D, path: str | Path) -> I3D:
     """Kinetics weights (rgb_imagenet.pt, flow_imagenet.pt) into a trunk."""
     state = {k: v for k, v in read_weights(path).items()
              if not k.startswith("logits.")}

@@ -107,7 +107,7 @@ class Faces:
     size: int | None = None
     grey: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.index is None:
             self.index = np.arange(len(self.labels))
 
@@ -296,7 +296,7 @@ class Records:
         self.keys, self.offsets = keys[order], offsets[order]
         self._bytes = None
 
-    def __getstate__(self):  # the memory map stays in its process
+    def __getstate__(self) -> dict:  # the memory map stays in its process
         return {**self.__dict__, "_bytes": None}
 
     @property

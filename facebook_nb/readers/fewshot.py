@@ -68,7 +68,7 @@ class Split:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def load(self, index) -> Tensor:
+    def load(self, index: Sequence[int] | np.ndarray) -> Tensor:
         """Pictures (n, 3, size, size) uint8. UserError for a damaged one."""
         index = torch.as_tensor(index)
         if isinstance(self.images, Tensor):
@@ -296,7 +296,7 @@ def read_omniglot(folder: str | Path, size: int = 32) -> dict:
                     f"{' and '.join(OMNIGLOT[1])}")
 
 # %% ../../nbs/foundations/readers_fewshot.ipynb #check_splits
-def check_splits(root: str | Path, names=tuple(DATA_SETS),
+def check_splits(root: str | Path, names: Sequence[str] = tuple(DATA_SETS),
                  size: int = 84) -> DataCheck:
     """Look for data sets under a root, and count their pictures.
 

@@ -12,7 +12,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import repeat
@@ -227,8 +227,8 @@ def read_dfdc_preview(root: str | Path, split: str = "test") -> ForgeryList:
     return found
 
 # %% ../../nbs/foundations/readers_forgery.ipynb #read_deepfakebench
-def read_deepfakebench(path: str | Path, split: str, root=None,
-                       compression: str = "c23",
+def read_deepfakebench(path: str | Path, split: str,
+                       root: str | Path | None = None, compression: str = "c23",
                        methods: Sequence[str] | None = None) -> ForgeryList:
     """A JSON in the DeepfakeBench form.
 
@@ -314,7 +314,8 @@ def _mask_at(video: "FaceVideo", mask, picture) -> np.ndarray:
 
 
 def crop_video(video: FaceVideo, frames: int = 32, size: int = 256,
-               detect=None):
+               detect: Callable | None = None
+              ) -> tuple[np.ndarray, np.ndarray | None]:
     """Faces of a video, and their masks.
 
     Returns (T, size, size, 3) and (T, size, size) uint8, T ≤ frames; real
@@ -367,8 +368,8 @@ def _cut(out: Path, split: str, layout: str, frames: int, size: int, detect,
         return f"{video.name}: {error}".splitlines()[0]
 
 
-def crop_all(videos: ForgeryList, out: str | Path, split: str,
-             frames: int = 32, size: int = 256, detect=None,
+def crop_all(videos: ForgeryList, out: str | Path, split: str, frames: int = 32,
+             size: int = 256, detect: Callable | None = None,
              workers: int = 0) -> list[str]:
     """Cut the faces of all videos into `out`, with `out`/SPLIT.json.
 
@@ -450,7 +451,8 @@ class FaceFrames:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, rows: Sequence[int]):
+    def batch(self,
+              rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         images, masks, size = [], [], (self.size, self.size)
         for i in rows:
             picture, mask, _ = self.rows[i]

@@ -9,7 +9,7 @@ __all__ = ['THUMOS14', 'MEDIA', 'SUBSETS', 'Labelled', 'find_media', 'read_thumo
 # %% ../../nbs/foundations/readers_localisation.ipynb #imports
 import csv
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +109,8 @@ _TEXTS = (".", "annotation", "TH14_Temporal_annotations_validation/annotation",
           "TH14_Temporal_annotations_test/annotation")
 
 
-def read_thumos14(root, split: str, flow: bool = False):
+def read_thumos14(root: str | Path, split: str,
+                  flow: bool = False) -> tuple[Sequence[str], list[Labelled]]:
     """(classes, videos) of THUMOS14's tables or text files.
 
     split: "val" (to train on) or "test". Raises UserError naming the file.
@@ -151,7 +152,9 @@ SUBSETS = {"train": "training", "training": "training", "val": "validation",
            "testing": "testing"}
 
 
-def read_activitynet(path, split: str, flow: bool = False):
+def read_activitynet(path: str | Path, split: str,
+                     flow: bool = False
+                    ) -> tuple[Sequence[str], list[Labelled]]:
     """(classes, videos) of a JSON file of ActivityNet's form.
 
     split: "train" or "test": the file's training and validation videos; in
@@ -187,7 +190,9 @@ def read_activitynet(path, split: str, flow: bool = False):
     return tuple(classes), _videos(path.parent, rows, flow, duration, classes)
 
 # %% ../../nbs/foundations/readers_localisation.ipynb #find_localisation
-def find_localisation(root, flow: bool = False):
+def find_localisation(
+    root: str | Path, flow: bool = False,
+) -> tuple[str, Sequence[str], list[Labelled], list[Labelled]]:
     """(layout, classes, training videos, test videos) below a folder.
 
     Raises UserError saying what was looked for.
@@ -209,8 +214,8 @@ def find_localisation(root, flow: bool = False):
     return "THUMOS14", parts[0][0], parts[0][1], parts[1][1]
 
 # %% ../../nbs/foundations/readers_localisation.ipynb #timeline
-def timeline(clip, fps: float | None = 10.0, most: int = 768,
-             duration: float | None = None):
+def timeline(clip: object, fps: float | None = 10.0, most: int = 768,
+             duration: float | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Frames to take of a clip, and the second of each tick: (m,), (m,).
 
     clip: see `open_clip`; fps: ticks a second, or None for the film's own
@@ -253,8 +258,9 @@ class Footage:
     path: see `open_clip`; fps, duration: see `timeline`.
     """
 
-    def __init__(self, path, frames: int = 256, fps: float | None = 10.0,
-                 duration: float | None = None, flow: bool = False):
+    def __init__(self, path: object, frames: int = 256,
+                 fps: float | None = 10.0, duration: float | None = None,
+                 flow: bool = False):
         self.clip, self.frames, self.flow = open_clip(path), frames, flow
         self.kept: dict[int, np.ndarray] = {}
         self.index, self.times = timeline(self.clip, fps, frames, duration)

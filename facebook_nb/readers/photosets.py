@@ -83,7 +83,8 @@ def cut(image: np.ndarray, x0: int, y0: int, w: int, h: int) -> np.ndarray:
     return image[rows][:, columns]
 
 
-def group(faces: Faces, n: int, size: int, boxes=None) -> PhotoSets:
+def group(faces: Faces, n: int, size: int,
+          boxes: Mapping | None = None) -> PhotoSets:
     """Photo sets of the people with at least n photos.
 
     Raises UserError when nobody has so many.

@@ -9,6 +9,7 @@ __all__ = ['ATTACKS', 'PROTOCOLS', 'FOLDERS', 'READERS', 'FIXES', 'Listing', 're
 
 # %% ../../nbs/foundations/readers_spoof.ipynb #imports
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,8 @@ class Listing:
     depth: list = field(default_factory=list)
     problems: dict = field(default_factory=dict)
 
-    def add(self, path, attack, person, split, session="", depth=None):
+    def add(self, path: Path, attack: int, person: str, split: str,
+            session: str = "", depth: Path | None = None) -> None:
         for column, value in zip(
                 (self.paths, self.attack, self.person, self.split,
                  self.session, self.depth),
@@ -61,7 +63,7 @@ class Listing:
         """(n,) int64: 1 live, 0 spoof."""
         return (np.array(self.attack, np.int64) == 0).astype(np.int64)
 
-    def select(self, rows) -> "Listing":
+    def select(self, rows: Sequence[int] | np.ndarray) -> "Listing":
         pick = lambda column: [column[int(i)] for i in rows]
         return Listing(self.name, *map(pick, (
             self.paths, self.attack, self.person, self.split, self.session,
@@ -297,7 +299,8 @@ def read_data_sets(root: str | Path) -> dict[str, Listing]:
     return found
 
 # %% ../../nbs/foundations/readers_spoof.ipynb #protocol
-def protocol(name: str, sets: dict[str, Listing]):
+def protocol(name: str,
+             sets: dict[str, Listing]) -> tuple[dict[str, Listing], Listing]:
     """Sources and target of a protocol: (letter → Listing, Listing).
 
     name: of PROTOCOLS, → for -> is fine. Raises UserError that names what
@@ -352,7 +355,7 @@ def _faces_of(side: int, frames: int, aligned: bool, path: Path):
 
 
 def load_pictures(listing: Listing, side: int, frames: int = 1,
-                  workers: int = 0):
+                  workers: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Faces of a listing: (m, 3, side, side) uint8, and (m,) rows of it.
 
     The processes of a run share the files, and each has so many workers. A

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -119,7 +120,8 @@ class VideoFile:
         """(H, W, 3) uint8 RGB of rising frame numbers, one at a time."""
         return self._decode(_checked(self.path, indices, len(self)).tolist())
 
-    def read(self, indices: Sequence[int], wide=None) -> np.ndarray:
+    def read(self, indices: Sequence[int],
+             wide: tuple[int, int] | None = None) -> np.ndarray:
         """(n, H, W, 3) uint8 RGB: exactly these frames, in this order.
 
         wide: (W, H) to which each is brought. Raises UserError naming a
@@ -318,7 +320,8 @@ class FrameFolder:
     def __len__(self) -> int:
         return len(self.files)
 
-    def read(self, indices: Sequence[int], wide=None) -> np.ndarray:
+    def read(self, indices: Sequence[int],
+             wide: tuple[int, int] | None = None) -> np.ndarray:
         """(n, H, W, 3) uint8 RGB. UserError names a missing frame."""
         indices = _checked(self.path, indices, len(self))
         wanted, places = np.unique(indices, return_inverse=True)
@@ -343,7 +346,7 @@ class FrameArray:
     values see `files.to_uint8`.
     """
 
-    def __init__(self, path, fps: float = 10.0):
+    def __init__(self, path: object, fps: float = 10.0):
         named = isinstance(path, str | Path)
         self.path = Path(path) if named else "array"
         self.fps, self.variable = fps, False
@@ -379,7 +382,8 @@ class FrameArray:
         """(H, W[, C]) uint8, one at a time."""
         return (self.read([i])[0] for i in indices)
 
-    def read(self, indices: Sequence[int], wide=None) -> np.ndarray:
+    def read(self, indices: Sequence[int],
+             wide: tuple[int, int] | None = None) -> np.ndarray:
         """(n, H, W[, C]) uint8, copied."""
         indices = _checked(self.path, indices, len(self))
         x = np.array(self.array[indices])
@@ -388,7 +392,8 @@ class FrameArray:
         return resize(x, *wide) if wide else x
 
 
-def open_clip(path, fps: float | None = None):
+def open_clip(path: object,
+              fps: float | None = None) -> VideoFile | FrameFolder | FrameArray:
     """A video file, a folder of frames or a .npy file, by what it is.
 
     path: a path, or an array or tensor (T, H, W[, C]); fps: of a folder or
@@ -414,7 +419,10 @@ def _integers(rng, high: int, size=None):
         high, size=size)
 
 
-def segment_indices(n: int, T: int, rng=None) -> np.ndarray:
+def segment_indices(
+    n: int, T: int,
+    rng: np.random.Generator | np.random.RandomState | None = None,
+) -> np.ndarray:
     """T frames of n, one of each of T equal parts: (T,) int64 from 0.
 
     rng: np.random.Generator or RandomState to draw with; None: the middles.
@@ -437,8 +445,11 @@ def clip_indices(n: int, T: int, clips: int = 1, seed: int = 0) -> np.ndarray:
                      for k in range(clips)])
 
 
-def dense_indices(n: int, T: int, stride: int, rng=None,
-                  clips: int = 1) -> np.ndarray:
+def dense_indices(
+    n: int, T: int, stride: int,
+    rng: np.random.Generator | np.random.RandomState | None = None,
+    clips: int = 1,
+) -> np.ndarray:
     """(clips, T): T frames `stride` apart, wrapping around at the end.
 
     rng: draws one start; None: `clips` fixed starts, the middle one if one.
@@ -481,13 +492,15 @@ def _offsets(width: int, height: int, w: int, h: int):
     return [(i * x, j * y) for i, j in steps]
 
 
-def crop_offsets(width: int, height: int, side: int):
+def crop_offsets(width: int, height: int,
+                 side: int) -> list[tuple[int, int, int, int]]:
     """All (w, h, x, y) that `draw_crop` can give, without repeats."""
     return sorted({(w, h, x, y) for w, h in _sides(width, height, side)
                    for x, y in _offsets(width, height, w, h)})
 
 
-def draw_crop(width: int, height: int, side: int, rng):
+def draw_crop(width: int, height: int, side: int,
+              rng: Any) -> tuple[int, int, int, int]:
     """One of them. rng: has `choice`, as random.Random."""
     w, h = rng.choice(_sides(width, height, side))
     return w, h, *rng.choice(_offsets(width, height, w, h))

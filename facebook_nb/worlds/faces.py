@@ -15,10 +15,11 @@ __all__ = ['SHAPE', 'EXPRESSION', 'LOOK', 'GROUPS', 'OCCLUDERS', 'PARSING', 'MOU
 
 # %% ../../nbs/foundations/faces.ipynb #imports
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -152,7 +153,8 @@ def _vectors(x, y, z) -> np.ndarray:
     return np.stack(np.broadcast_arrays(x, y, z), -1)
 
 
-def outline_fields(x, v, p) -> dict[str, np.ndarray]:
+def outline_fields(x: np.ndarray, v: np.ndarray,
+                   p: np.ndarray) -> dict[str, np.ndarray]:
     """Displacements that shape the outline, for one standard deviation each.
 
     x, v: rest coordinates (N,) in cm; p: template points (N, 3).
@@ -199,7 +201,7 @@ def outline_fields(x, v, p) -> dict[str, np.ndarray]:
     }
 
 # %% ../../nbs/foundations/faces.ipynb #feature_fields
-def feature_fields(x, v) -> dict[str, np.ndarray]:
+def feature_fields(x: np.ndarray, v: np.ndarray) -> dict[str, np.ndarray]:
     """Displacements of brows, eyes, nose and mouth; as `outline_fields`."""
     g = lambda *at: _bump(x, v, *at)
     sx, ax, T = np.tanh(x / 0.5), np.abs(x), _vectors
@@ -233,7 +235,7 @@ def feature_fields(x, v) -> dict[str, np.ndarray]:
     }
 
 # %% ../../nbs/foundations/faces.ipynb #shape_fields
-def mouth_fields(x, v) -> dict[str, np.ndarray]:
+def mouth_fields(x: np.ndarray, v: np.ndarray) -> dict[str, np.ndarray]:
     """Displacements of the mouth; as `outline_fields`."""
     g = lambda *at: _bump(x, v, *at)
     sx, T = np.tanh(x / 0.7), _vectors
@@ -248,7 +250,8 @@ def mouth_fields(x, v) -> dict[str, np.ndarray]:
     }
 
 
-def shape_fields(x, v, p) -> dict[str, np.ndarray]:
+def shape_fields(x: np.ndarray, v: np.ndarray,
+                 p: np.ndarray) -> dict[str, np.ndarray]:
     """All named fields of identity, in the order of `SHAPE`."""
     g = lambda *at: _bump(x, v, *at)
     sx, px = np.tanh(x / 0.7), p[:, 0]
@@ -303,12 +306,12 @@ EXPRESSION = (
 )  # fmt: skip
 
 
-def mouth_gap(x):
+def mouth_gap(x: Any) -> Any:
     """Share of the opening at distance x (cm) from the middle of the mouth."""
     return (1 - (x / 2.4) ** 2).clip(0, 1) ** 0.6
 
 
-def expression_fields(x, v) -> dict[str, np.ndarray]:
+def expression_fields(x: np.ndarray, v: np.ndarray) -> dict[str, np.ndarray]:
     """Displacements (N, 3) in cm for each of `EXPRESSION` at strength 1."""
     g = lambda *at: _bump(x, v, *at)
     sx, ax, T = np.tanh(x / 0.5) + 0 * v, np.abs(x), _vectors
@@ -480,7 +483,7 @@ def _ears(points, basis, rows, cols):
     return join(points_), join(bases, 1), join(rest)
 
 # %% ../../nbs/foundations/faces.ipynb #head_model
-def skin_fields(x, v) -> np.ndarray:
+def skin_fields(x: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Smooth patterns of the skin (N, 8) at rest coordinates (N,) in cm.
 
     Flush of the cheeks and nose, rings, sockets, pale parts, where freckles
@@ -636,10 +639,10 @@ class People:
     group: Tensor
     noise: Tensor
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.group)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Any) -> Any:
         if not isinstance(key, str):
             return type(self)(
                 *(getattr(self, f.name)[key] for f in fields(self))
@@ -650,7 +653,7 @@ class People:
             return self.shape[:, SHAPE.index(key)]
         raise KeyError(f"{key}: no such trait; see SHAPE and LOOK")
 
-    def to(self, device):
+    def to(self, device: str | torch.device) -> "People":
         return type(self)(
             *(getattr(self, f.name).to(device) for f in fields(self))
         )
@@ -667,7 +670,8 @@ def _mixing() -> np.ndarray:
 
 
 def sample_people(
-    n: int, seed: int, groups: Sequence[int] | int | None = None, spread=1.0
+    n: int, seed: int, groups: Sequence[int] | int | None = None,
+    spread: float | Sequence[float] = 1.0,
 ) -> People:
     """Draw n people; person i does not depend on n.
 
@@ -758,15 +762,15 @@ class Photos:
     occlusion: Tensor
     noise: Tensor
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.person)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Any) -> Any:
         if isinstance(key, str):
             return self.expression[:, EXPRESSION.index(key)]
         return type(self)(*(getattr(self, f.name)[key] for f in fields(self)))
 
-    def to(self, device):
+    def to(self, device: str | torch.device) -> "Photos":
         return type(self)(
             *(getattr(self, f.name).to(device) for f in fields(self))
         )
@@ -930,7 +934,7 @@ def sample_photos(
     )  # fmt: skip
 
 # %% ../../nbs/foundations/faces.ipynb #hair_start
-def hair_start(x: Tensor, v: Tensor, look) -> Tensor:
+def hair_start(x: Tensor, v: Tensor, look: Mapping[str, Tensor]) -> Tensor:
     """Height above the hairline in cm (negative: skin) at rest coordinates.
 
     x, v (B, N) in cm; look: name -> (B, 1).
@@ -955,7 +959,8 @@ def hair_start(x: Tensor, v: Tensor, look) -> Tensor:
     return v - line
 
 
-def hair_lift(x, v, hair, look, seed) -> Tensor:
+def hair_lift(x: Tensor, v: Tensor, hair: Tensor, look: Mapping[str, Tensor],
+              seed: Tensor) -> Tensor:
     """How far the hair stands off the scalp, in cm; arguments (B, N)."""
     top = ((v - 3.0) / 4.0).clamp(0, 1)
     front = torch.exp(-((x / 4.5) ** 2) - ((v - 8.6) / 2.0) ** 2)
@@ -1183,21 +1188,21 @@ class Surface:
     holds its normals in head axes.
     """
 
-    def __init__(self, people, photos, **values):
+    def __init__(self, people: People, photos: Photos, **values: Any):
         self.people, self.photos, self.whole = people, photos, None
         vars(self).update(values)
 
-    def __getattr__(self, name):  # a part gathers what it is asked for
+    def __getattr__(self, name: str) -> Any:  # gathers what is asked for
         if self.whole is None:
             raise AttributeError(name)
         value = getattr(self.whole, name).index_select(-1, self.at)
         setattr(self, name, value)
         return value
 
-    def look(self, name):
+    def look(self, name: str) -> Tensor:
         return self.people[name].index_select(0, self.image)
 
-    def mood(self, name):
+    def mood(self, name: str) -> Tensor:
         return self.photos[name].index_select(0, self.image)
 
     def near(self, where: Tensor) -> tuple:
@@ -1206,16 +1211,16 @@ class Surface:
         part.whole, part.at = self, where.nonzero()[:, 0]
         return part, part.at
 
-    def over(self, at, colour, alpha):
+    def over(self, at: Tensor, colour: Tensor, alpha: Tensor) -> None:
         """Lay colour (3, M) or (3, 1) over the points `at`, alpha (M,)."""
         old = self.albedo.index_select(1, at)
         self.albedo.index_copy_(1, at, old + alpha * (colour - old))
 
-    def mark(self, at, name, where):
+    def mark(self, at: Tensor, name: str, where: Tensor) -> None:
         """Give the points of `at` where `where` holds a label."""
         self.label[at[where]] = _LABEL[name]
 
-    def colour(self, *rgb):
+    def colour(self, *rgb: float) -> Tensor:
         return self.x.new_tensor(rgb)[:, None]
 
 
@@ -1399,7 +1404,7 @@ def lid_edges(e: Tensor, open_: Tensor) -> tuple[Tensor, Tensor]:
     return low + open_ * (up - low) + 0.07 * e, low + 0.07 * e
 
 
-def lid_opening(blink, raised, squint):
+def lid_opening(blink: Tensor, raised: Tensor, squint: Tensor) -> Tensor:
     """Share of the lids' rest opening."""
     open_ = (1 - blink) * (1 + 0.12 * raised) * (1 - 0.18 * squint)
     return open_.clamp(0, 1.2)
@@ -1668,7 +1673,8 @@ class Maps:
     label: Tensor
     solid: Tensor  # True where not background
 
-    def put(self, where, z, normal, colour, gloss):
+    def put(self, where: Tensor, z: Tensor, normal: Tensor, colour: Tensor,
+            gloss: Tensor) -> None:
         """Draw an opaque thing where `where` (B, H, W)."""
         self.z = torch.where(where, z, self.z)
         w = where[:, None]
@@ -2146,10 +2152,10 @@ class Faces:
     visible: Tensor
     parsing: Tensor
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.image)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Any) -> "Faces":
         return type(self)(*(getattr(self, f.name)[key] for f in fields(self)))
 
     def mask(self, *names: str) -> Tensor:

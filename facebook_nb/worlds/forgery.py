@@ -12,6 +12,7 @@ __all__ = ['TRACES', 'CONTROL', 'MANIPULATIONS', 'LEVELS', 'Clips', 'render_clip
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ class Clips:
     points: Tensor
     clip: Tensor
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.clip)
 
     def of(self, clips: Sequence[int]) -> "Clips":
@@ -257,7 +258,8 @@ MANIPULATIONS = ("swap", "reenact", "composite", "neural", "selfblend")
 
 
 def forge(kind: str, x: Tensor, points: Tensor, donor: Tensor,
-          donor_points: Tensor, u: Tensor, g: torch.Generator):
+          donor_points: Tensor, u: Tensor,
+          g: torch.Generator) -> tuple[Tensor, Tensor]:
     """Manipulate faces: (forged, mask). u: (B, 16) in [0, 1].
 
     donor: other faces with their landmarks, for `swap` and `composite`. All
@@ -367,10 +369,10 @@ class ForgerySet:
     clip: Tensor
     source: Tensor
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.kind)
 
-    def __getitem__(self, rows) -> "ForgerySet":
+    def __getitem__(self, rows: Any) -> "ForgerySet":
         return ForgerySet(self.images[rows], self.masks[rows],
                           self.kind[rows], self.clip[rows],
                           self.source[rows])

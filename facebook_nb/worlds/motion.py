@@ -6,6 +6,7 @@
 __all__ = ['ACTIONS', 'Sweeps', 'two_sweeps', 'two_swells', 'Plan', 'Untrimmed', 'untrimmed', 'motion_energy', 'write_video']
 
 # %% ../../nbs/foundations/motion.ipynb #imports
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -341,7 +342,8 @@ def motion_energy(frames: np.ndarray, stride: int = 2) -> np.ndarray:
 
 # %% ../../nbs/foundations/motion.ipynb #write_video
 def write_video(path: str | Path, frames: np.ndarray, fps: float = 12,
-                quality: int = 18, times=None) -> None:
+                quality: int = 18,
+                times: Sequence[float] | np.ndarray | None = None) -> None:
     """Write frames as H.264 (.mp4, .mkv), atomically.
 
     frames: (T, H, W, 3) or (T, H, W) uint8, H and W even. quality: crf, 0

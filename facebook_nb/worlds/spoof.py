@@ -8,8 +8,9 @@ __all__ = ['SIDE', 'PATTERNS', 'SITES', 'ATTACKS', 'Subjects', 'render_subjects'
 
 # %% ../../nbs/foundations/spoof.ipynb #imports
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -113,7 +114,7 @@ class Shots:
     def __len__(self) -> int:
         return len(self.face)
 
-    def __getitem__(self, rows) -> "Shots":
+    def __getitem__(self, rows: Any) -> "Shots":
         return Shots(self.face[rows], self.attack[rows], self.site[rows],
                      self.session[rows], self.draws[rows], self.sites)
 
@@ -132,7 +133,7 @@ def _column(name: str, shots: Shots) -> Tensor:
 
 
 def plan_shots(faces: Tensor, site: int, live: int, spoof: int,
-               generator: torch.Generator, sites=SITES) -> Shots:
+               generator: torch.Generator, sites: Sequence = SITES) -> Shots:
     """`live` + `spoof` shots of some faces at a site, its own instruments."""
     n = live + spoof
     u = torch.rand(n, 24, generator=generator)
@@ -217,7 +218,8 @@ def _screened(x: Tensor, pitch: Tensor, angle: Tensor) -> Tensor:
     return torch.sigmoid(9 * (x - 0.5 - 0.22 * (p.cos() + q.cos())))
 
 
-def on_paper(picture: Tensor, shots: Shots, generator) -> Tensor:
+def on_paper(picture: Tensor, shots: Shots,
+             generator: torch.Generator) -> Tensor:
     """A print of a picture (n, 3, SIDE, SIDE), lit at the site: linear."""
     u = shots.draws[:, 10:].unsqueeze(2).unsqueeze(3)
     x = picture.clamp(0, 1) ** (1 / 2.2)
@@ -314,7 +316,8 @@ def _blurred(x: Tensor, sigma: Tensor) -> Tensor:
     return x.view(n, c, h, w)
 
 
-def camera(light: Tensor, shots: Shots, side: int, generator) -> Tensor:
+def camera(light: Tensor, shots: Shots, side: int,
+           generator: torch.Generator) -> Tensor:
     """Photograph linear light with the site's camera: (n, 3, side, side)."""
     u = shots.draws
     sigma = _column("blur", shots).flatten() * (0.9 + 0.2 * u[:, 22])
