@@ -122,8 +122,8 @@ class Newcomer:
 @pytest.fixture(scope="module")
 def newcomer(tmp_path_factory):
     newcomer = Newcomer(tmp_path_factory.mktemp("readme"))
-    lines = "\n".join(map(newcomer.sized, "\n".join(BLOCKS).splitlines()))
-    newcomer.done = newcomer.types(lines, newcomer.home)
+    lines = [line for line in "\n".join(BLOCKS).splitlines() if line.partition("#")[0].strip() not in NOT_RUN]
+    newcomer.done = newcomer.types("\n".join(map(newcomer.sized, lines)), newcomer.home)
     assert newcomer.done.returncode == 0, newcomer.done.stdout + newcomer.done.stderr
     return newcomer
 
@@ -152,7 +152,7 @@ def test_the_blocks_of_the_readme_run_as_they_stand(newcomer):
 
 def test_the_commands_in_the_text_of_the_readme_run_too(newcomer):
     typed = [c for c in dict.fromkeys(commands(ROOT / "README.md")) if c not in "\n".join(BLOCKS) and c not in NOT_RUN]
-    assert any(c.startswith("facebook-nb apply") for c in typed)
+    assert typed and "facebook-nb apply" in "\n".join(BLOCKS)
     done = newcomer.types("\n".join(["source .venv/bin/activate", *map(newcomer.sized, typed)]), newcomer.tree)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
 

@@ -520,6 +520,7 @@ def test_an_audit_of_ones_own_models(tmp_path, monkeypatch):
         "def logits(x):\n    return np.log(soft(x))\n"
         "text = 'not callable'\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_models", raising=False)      # of another test
     config = sub.Config.preset("smoke", batch=50, width=4, test_images=60)
     wrong = {"broken": "no memory", "text": "cannot be called", "absent": "own_models", "three": "give it .images",
              "one": "budget=1", "many": "classes=1", "none": "labels of shape", "wraps": "integers from 0",
