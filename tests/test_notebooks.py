@@ -3,12 +3,18 @@ import pytest
 
 from facebook_nb.cli import execute, has_code, is_written
 from facebook_nb.files import read_json
+from tests import warm
 from tests.conftest import ROOT
 from tests.test_portable import portable, waiting
 
 CHAPTERS = [n for n in sorted(ROOT.glob("nbs/chapters/*.ipynb")) if is_written(n)]
 # foundations, and chapters of which only the method is written
 OTHERS = [n for n in sorted(ROOT.glob("nbs/*/*.ipynb")) if has_code(n) and n not in CHAPTERS]
+
+
+@pytest.fixture(autouse=True)
+def kernels_start_warm(monkeypatch):
+    monkeypatch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", warm.Kernel)
 
 
 @pytest.mark.parametrize("notebook", CHAPTERS, ids=lambda p: p.stem)
