@@ -10,6 +10,15 @@ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):     # two workers on two cor
     os.environ.setdefault(name, "1")
 
 
+@pytest.hookimpl(tryfirst=True)         # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """Tests that share what a fixture of their file makes stay in one worker, so that it is made once."""
+    for item in items:
+        fixtures = [d for known in item._fixtureinfo.name2fixturedefs.values() for d in known]
+        if any(d.scope == "module" for d in fixtures) and not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem + "-" + item.path.parent.name))
+
+
 def data_folder(name: str) -> Path:
     """A folder of real data for development; the test is skipped where there is none."""
     for root in (os.environ.get("FACEBOOK_NB_DATA"), ROOT.parent / "shared" / "data"):

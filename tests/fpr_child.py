@@ -1,5 +1,4 @@
 """Several gloo processes with the class-sharded head; apart from the tests, so that a child imports little."""
-import multiprocessing
 import os
 import socket
 from datetime import timedelta
@@ -9,18 +8,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tests import warm
+
 
 def start(ranks, out, job, what):
-    """Run `job` in `ranks` processes; each leaves JOB-RANK.pt in `out`.
-
-    Children are forked from a process that has imported torch but never used it: a start costs 0.1 s, not 3.
-    """
+    """Run `job` in `ranks` processes; each leaves JOB-RANK.pt in `out`."""
     torch.save(what, out / f"{job}.pt")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["torch.distributed", "accelerate", "facebook_nb.training", "facebook_nb.fpr"])
+    server = warm.context()
     running = [server.Process(target=member, args=(job, str(out), rank, ranks, port)) for rank in range(ranks)]
     for process in running:
         process.start()

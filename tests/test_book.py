@@ -13,7 +13,8 @@ import pytest
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.xdist_group("book")
-SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+SIZES = [{"width": 1280, "height": 900}, {"width": 390, "height": 844}]       # a desktop, a phone
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -42,12 +43,11 @@ def address(html):
 
 @pytest.fixture(scope="module")
 def browser():
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not chromium:
+    if not CHROMIUM:
         pytest.skip("no Chromium here (Debian: apt-get install chromium)")
     from playwright.sync_api import sync_playwright
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium, args=[
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=[
             "--no-sandbox", "--disable-background-networking", "--disable-component-update", "--no-first-run"])
         yield browser
         browser.close()
@@ -98,11 +98,9 @@ def test_every_public_name_can_be_linked_to_and_its_source_found(html):
             assert f'id="{anchor}"' in pages[path], f"{path}#{anchor}"
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_every_page_reads_well_with_the_network_off(html, address, browser, size):
-    width, height = SIZES[size]
-    page = browser.new_page(viewport={"width": width, "height": height})
-    complaints = []
+def test_every_page_reads_well_with_the_network_off(html, address, browser):
+    """At both sizes: it is loaded at that at which the last page was left, then brought to the other."""
+    page, sizes, complaints = browser.new_page(viewport=SIZES[0]), SIZES, []
     page.on("console", lambda m: m.type == "error" and complaints.append(m.text))
     page.on("pageerror", lambda e: complaints.append(str(e)))
     page.on("request", lambda r: r.url.startswith((address, "data:")) or complaints.append(r.url))
@@ -111,8 +109,11 @@ def test_every_page_reads_well_with_the_network_off(html, address, browser, size
         assert page.goto(address + path, wait_until="load").ok, path
         page.wait_for_function("!document.querySelector('.math:not(:has(mjx-container))')", timeout=15_000)
         assert page.locator("mjx-merror").count() == 0, path
-        wide = page.evaluate("document.scrollingElement.scrollWidth - innerWidth")
-        assert wide <= 0, f"{path} scrolls sideways by {wide} px at {width} px"
+        for size in sizes:
+            page.set_viewport_size(size)
+            wide = page.evaluate("document.scrollingElement.scrollWidth - innerWidth")
+            assert wide <= 0, f"{path} scrolls sideways by {wide} px at {size['width']} px"
+        sizes = sizes[::-1]
         # pictures load lazily: bring each into view
         page.evaluate("document.querySelectorAll('img').forEach(i => i.loading = 'eager')")
         page.wait_for_function("[...document.images].every(i => i.complete)", timeout=15_000)

@@ -13,6 +13,7 @@ from typer import Exit
 from facebook_nb.cli import CHAPTERS, TAKES, Rehearsal, _cell, _keep, dry_run, execute_all, plan_of, reproduce, store
 from facebook_nb.experiment import own_folder
 from facebook_nb.files import UserError, read_json, write_json
+from tests import warm
 from tests.conftest import ROOT
 
 COMMAND = str(Path(sys.executable).parent / "facebook-nb")
@@ -215,6 +216,10 @@ Report("sdd_fiqa", "book", config.seeds, {"a": {"x": xs}}, decide("a", xs), 1.0)
 
 def test_a_change_of_a_figure_costs_no_step(small_book, monkeypatch, capsys):
     root, again = small_book.root, []
+    # in this process, and by kernels that start warm: how they are started otherwise is tested above
+    monkeypatch.setattr("facebook_nb.cli.on_all_cores", lambda function, jobs, say: {
+        name: function(*job) for name, job in jobs.items()})
+    monkeypatch.setattr("jupyter_client.provisioning.local_provisioner.launch_kernel", warm.Kernel)
     monkeypatch.chdir(root)
     for figure in ("'one'", "'two'"):
         path = small_book(PARAMETERS, TOY, figure)

@@ -1,4 +1,4 @@
-"""Two chapters in JupyterLab, in a browser: opened, run from top to bottom at smoke, and read."""
+"""Two chapters in JupyterLab, in a browser: opened, run from top to bottom at smoke, read and saved."""
 import json
 import os
 import re
@@ -14,9 +14,9 @@ import pytest
 from facebook_nb.experiment import Claim
 from tests.conftest import ROOT
 from tests.test_book import browser  # noqa: F401
+from tests.test_notebooks import LAB, assert_ran
 
 pytestmark = pytest.mark.xdist_group("book")
-CHAPTERS = ("cmr", "sdd_fiqa")
 RAW = re.compile(r"\{(numref|eq|glue|cite|term|doc|ref|math)\b|:::|```|\$\$|\\tag|\]\(|\*\*\w")
 
 
@@ -25,7 +25,7 @@ def lab(tmp_path_factory):
     """(folder of copies without outputs, set to smoke; address of a JupyterLab that shows them)."""
     pytest.importorskip("jupyterlab")
     place = tmp_path_factory.mktemp("lab")
-    for chapter in CHAPTERS:
+    for chapter in LAB:
         book = json.loads((ROOT / "nbs" / "chapters" / f"{chapter}.ipynb").read_text())
         for cell in book["cells"]:
             if cell["cell_type"] == "code":
@@ -62,7 +62,7 @@ def lab(tmp_path_factory):
         server.wait()
 
 
-@pytest.mark.parametrize("chapter", CHAPTERS)
+@pytest.mark.parametrize("chapter", LAB)
 def test_a_chapter_reads_well_where_it_is_run(lab, browser, chapter):  # noqa: F811
     place, address = lab
     page = browser.new_page(viewport={"width": 1280, "height": 1000})
@@ -75,7 +75,8 @@ def test_a_chapter_reads_well_where_it_is_run(lab, browser, chapter):  # noqa: F
         const widget = window.jupyterapp.shell.currentWidget;
         return widget.content.widgets.every(c => c.model.type !== 'code' || c.model.executionCount
             || !c.model.sharedModel.getSource().trim()) && widget.sessionContext.session.kernel.status === 'idle'; }""")
-    metrics = json.loads((place / chapter / "metrics.json").read_text())
+    page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    metrics = assert_ran(place / f"{chapter}.ipynb", place / chapter)
 
     # what a reader sees: no markup, but the numbers of this run
     text = "\n".join(page.locator(".jp-MarkdownOutput, .jp-RenderedMarkdown").evaluate_all(

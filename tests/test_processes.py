@@ -1,6 +1,5 @@
 """Several processes: they agree, share, end together, and chapters run in them (the long form: tests/together.py)."""
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -16,16 +15,13 @@ from facebook_nb import processes
 from facebook_nb.cli import on_all_cores
 from facebook_nb.files import UserError
 from tests import processes_child as child
+from tests import warm
 from tests.together import finish, repeat, start, together
 
 
 @pytest.fixture(scope="module")
 def context():
-    """Children forked from a process that has imported torch, but never used it: a start costs 0.1 s, not 3."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "torch._dynamo", "sklearn.metrics",
-                                    "facebook_nb.local_relation", "tests.test_local_relation"])
-    return context
+    return warm.context()
 
 
 # --- they agree ---

@@ -2,7 +2,6 @@
 import contextlib
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
@@ -33,6 +32,7 @@ from facebook_nb.training import (
     warmup,
 )
 from tests import training_child as child
+from tests import warm
 
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"))
 device = pytest.mark.parametrize("device", ["cpu", CUDA])
@@ -580,10 +580,7 @@ def test_scalars_for_tensorboard_where_it_is_installed(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def server():
-    """Children forked from a process that has imported torch, but never used it: a start costs 0.1 s, not 3."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed", "torch._dynamo", "facebook_nb.training"])
-    return context
+    return warm.context()
 
 
 def age(folder):
