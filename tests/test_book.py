@@ -107,7 +107,7 @@ def test_every_page_reads_well_with_the_network_off(html, address, browser):
     paths = [str(p.relative_to(html)) for p in sorted((html / "nbs").rglob("*.html"))]
     for path in [*paths, "genindex.html"]:
         assert page.goto(address + path, wait_until="load").ok, path
-        page.wait_for_function("!document.querySelector('.math:not(:has(mjx-container))')", timeout=15_000)
+        page.wait_for_function("!document.querySelector('.math:not(:has(mjx-container))')", timeout=15_000, polling=50)
         assert page.locator("mjx-merror").count() == 0, path
         for size in sizes:
             page.set_viewport_size(size)
@@ -116,7 +116,7 @@ def test_every_page_reads_well_with_the_network_off(html, address, browser):
         sizes = sizes[::-1]
         # pictures load lazily: bring each into view
         page.evaluate("document.querySelectorAll('img').forEach(i => i.loading = 'eager')")
-        page.wait_for_function("[...document.images].every(i => i.complete)", timeout=15_000)
+        page.wait_for_function("[...document.images].every(i => i.complete)", timeout=15_000, polling=50)
         bad = page.evaluate("""[...document.images].filter(i => !i.naturalWidth || !i.alt || i.alt.includes('_images/'))
                                .map(i => i.src)""")
         assert not bad, f"{path}: {bad}"

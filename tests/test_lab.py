@@ -69,12 +69,14 @@ def test_a_chapter_reads_well_where_it_is_run(lab, browser, chapter):  # noqa: F
     page.set_default_timeout(240_000)
     page.goto(f"{address}/doc/tree/{chapter}.ipynb")
     page.wait_for_selector(".jp-Notebook .jp-MarkdownOutput")
-    page.wait_for_function("window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'")
+    page.wait_for_function("window.jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'",
+                           polling=200)
     page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
     page.wait_for_function("""() => {
         const widget = window.jupyterapp.shell.currentWidget;
         return widget.content.widgets.every(c => c.model.type !== 'code' || c.model.executionCount
-            || !c.model.sharedModel.getSource().trim()) && widget.sessionContext.session.kernel.status === 'idle'; }""")
+            || !c.model.sharedModel.getSource().trim()) && widget.sessionContext.session.kernel.status === 'idle'; }""",
+                           polling=500)         # not at every frame
     page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
     metrics = assert_ran(place / f"{chapter}.ipynb", place / chapter)
 
