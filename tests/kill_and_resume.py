@@ -7,7 +7,6 @@ whichever, and the others end as their launcher would end them.
 """
 import argparse
 import importlib
-import multiprocessing
 import os
 import random
 import shutil
@@ -18,6 +17,7 @@ import time
 from pathlib import Path
 
 from facebook_nb.files import progress, read_weights
+from tests import warm
 from tests.together import start
 
 CHAPTERS = ("sdd_fiqa", "dmf", "cmr", "fpr", "afsd", "lap")
@@ -69,8 +69,7 @@ def same(one: Path, other: Path) -> None:
 
 def survive(chapter: str, kills: int, moments: random.Random, place: Path, devices: int = 1) -> int:
     """Kill a chapter's runs `kills` times in all, each run gone on with until it ends; returns the number of runs."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"facebook_nb.{chapter}", "torch._dynamo", "torch.distributed"])
+    context = warm.context(f"facebook_nb.{chapter}")
     run = lambda folder, after=None: finish(context, chapter, folder, after, moments, devices)
     undisturbed, runs, done = place / f"{chapter}-undisturbed", 0, 0
     begun = time.perf_counter()

@@ -10,14 +10,17 @@ from multiprocessing import forkserver
 from tests.conftest import ROOT
 
 IMPORTS = ["torch.distributed", "torch._dynamo", "accelerate", "sklearn.metrics", "scipy.stats", "scipy.ndimage",
-           "matplotlib.pyplot", "ipykernel.kernelapp", "facebook_nb.cli", "facebook_nb.training", "facebook_nb.fpr",
-           "facebook_nb.local_relation", "tests.test_local_relation"]
+           "matplotlib.pyplot", "ipykernel.kernelapp", "facebook_nb.cli", "facebook_nb.training", "facebook_nb.dmf",
+           "facebook_nb.fpr", "facebook_nb.local_relation", "tests.test_local_relation"]
 
 
-def context():
-    """What starts processes. A process of pytest has one server of them, so all tests ask here."""
+def context(*more: str):
+    """What starts processes. A process of pytest has one server of them, so all tests ask here.
+
+    more: what else it shall import, where it has not begun yet.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTS)
+    context.set_forkserver_preload([*IMPORTS, *more])
     with contextlib.chdir(ROOT):        # where it finds these tests
         forkserver.ensure_running()
     return context
@@ -28,6 +31,7 @@ def _kernel(arguments, place, environment, ready) -> None:
     os.environ.clear()
     os.environ.update(environment, JPY_PARENT_PID=str(os.getppid()))
     os.chdir(place)
+    multiprocessing.set_start_method(None, force=True)      # the platform's own, not how this one was started
     import matplotlib
     matplotlib.rcParams["backend"] = "module://matplotlib_inline.backend_inline"      # as a kernel sets it before
     from ipykernel.kernelapp import launch_new_instance
