@@ -113,6 +113,10 @@ def test_every_page_reads_well_with_the_network_off(html, address, browser):
             page.set_viewport_size(size)
             wide = page.evaluate("document.scrollingElement.scrollWidth - innerWidth")
             assert wide <= 0, f"{path} scrolls sideways by {wide} px at {size['width']} px"
+            page.wait_for_timeout(20)       # equations are fitted to the new width
+            cut = page.evaluate("""[...document.querySelectorAll('mjx-container[display]')]
+                                   .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)""")
+            assert not cut, f"{path}: cut at {size['width']} px: {cut}"
         sizes = sizes[::-1]
         # pictures load lazily: bring each into view
         page.evaluate("document.querySelectorAll('img').forEach(i => i.loading = 'eager')")

@@ -278,7 +278,7 @@ def pixels(faces):
 
 
 def test_a_hundred_photos_take_seconds():
-    """100 a second on a free core; a fifth of that is asked for, by the processor's clock, on one that others share."""
+    """58 a second on a free core; a third of that is asked for, by the processor's clock, on one that others share."""
     crowd = sample_people(6, seed=3)
     photos = sample_photos(crowd, 4, seed=3)
     threads = torch.get_num_threads()
