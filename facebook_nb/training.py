@@ -267,7 +267,7 @@ class GradientSum:
 
     SIZE = 2**22                        # numbers in a bucket, about
 
-    def __init__(self, group: Processes, parameters: Iterable[Tensor]):
+    def __init__(self, group: Processes, parameters: Sequence[Tensor]):
         self.buckets, room = [], 0
         for p in reversed(parameters if group.count > 1 else []):
             if room <= 0 or p.dtype != self.buckets[-1][0].dtype:

@@ -1,6 +1,8 @@
 """The project holds together: exports, stored outputs, imports, size."""
 import ast
+import base64
 import importlib
+import io
 import json
 import re
 import subprocess
@@ -8,13 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageSequence
 
 from facebook_nb.cli import CHAPTERS, has_code
 from facebook_nb.digests import source_digest
 from facebook_nb.experiment import read_ledger, step_is_current
 from tests.conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "_ext"))
+sys.path[:0] = [str(ROOT / "_ext"), str(ROOT / "tools")]
+import front  # noqa: E402
+import nbtext  # noqa: E402
 import portable  # noqa: E402
 
 NOTEBOOKS = sorted(ROOT.glob("nbs/*/*.ipynb"))
@@ -78,8 +83,52 @@ def test_stored_outputs_are_fit_to_be_read(notebook):
                 if kind in data:
                     figure = portable.figure_of("".join(cell["source"])) or {}
                     assert figure.get("caption") and figure.get("alt"), f"{cell['id']}: no figure(name, caption, alt)"
-                    assert len("".join(data[kind])) < 220_000, f"{cell['id']}: figure over 150 KB"
+                    assert len("".join(data[kind])) < 205_000, f"{cell['id']}: figure over 150 KB"
+                    if kind == "image/gif":
+                        moving = Image.open(io.BytesIO(base64.b64decode("".join(data[kind]))))
+                        loop = sum(f.info["duration"] for f in ImageSequence.Iterator(moving))
+                        assert loop <= 12_000, f"{cell['id']}: a film of {loop} ms"
     assert notebook.stat().st_size < 2_700_000
+
+
+def first_half(notebook):
+    """The cells of a chapter up to its next part after what came out; the whole page where there is no such part."""
+    came_out, half = False, []
+    for cell in cells(notebook):
+        heads = re.findall(r"^## (.*)", "".join(cell["source"]), re.M) if cell["cell_type"] == "markdown" else []
+        if came_out and heads:
+            break
+        came_out |= "What came out" in "".join(cell["source"]) or any(h.startswith("The experiment:") for h in heads)
+        half.append(cell)
+    return half
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_chapter_says_what_it_asks_and_its_first_half_is_short(chapter):
+    """A reader reads Markdown, prose and captions; not equations, addresses and what is folded."""
+    notebook = ROOT / f"nbs/chapters/{chapter}.ipynb"
+    words = lines = 0
+    for cell in first_half(notebook):
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown" or portable.is_prose(source):
+            text = source if cell["cell_type"] == "markdown" else portable.call_of(source, "prose")[0]
+            text = re.sub(r"\$\$.*?\$\$|<[^>]*>|\]\([^)]*\)", "", text, flags=re.S)
+            words += len(re.findall(r"\S*[A-Za-z]\S*", text))
+        elif cell["cell_type"] == "code":
+            words += len(((portable.figure_of(source) or {}).get("caption") or "").split())
+            if not nbtext.folds(cell).get("source_hidden"):
+                lines += len([line for line in source.splitlines()
+                              if line.strip() and not nbtext.DIRECTIVE.match(line)])
+    assert lines <= 400 and words <= 3_500, f"{lines} visible lines of code, {words} words"
+    glance = next(portable.call_of(s, "prose")[0] for c in cells(notebook)
+                  if portable.is_prose(s := "".join(c["source"])) and "| Task |" in s)
+    assert re.search(r"\d+ minutes", glance) and re.search("to know before|should know", glance, re.I)
+    if chapter != "substitute":         # its page is of a recorded run, and gets both lines with the next one
+        assert "| Afterwards you can |" in glance
+        assert f"| {len(front.cases(ROOT)[chapter])} reference cases: " in glance
+    page = "".join("".join(c["source"]) for c in cells(notebook))
+    asked, solved = (set(re.findall(rf"{what} (\d)", page, re.I)) for what in (r"\*\*exercise", "solution of exercise"))
+    assert len(asked) >= 3 and asked <= solved, f"exercises {asked}, solutions {solved}"
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, **named)
@@ -143,8 +192,6 @@ def test_readme_quotes_the_ledger():
 
 def test_the_pages_about_the_whole_say_what_is_there():
     """Cases are counted where a test reads them; what ships has a card, what is shown whole an example."""
-    sys.path.insert(0, str(ROOT / "_ext"))
-    import front
     tests = "".join(p.read_text() for p in (ROOT / "tests" / "parity").glob("*.py"))
     for chapter, cases in front.cases(ROOT).items():
         unread = [c for c in cases if re.sub(r"\d+$", "", c.split("_")[0].split(".")[-1]) not in tests]
