@@ -514,7 +514,7 @@ def stored(tmp_path_factory):
 SETTINGS = dict(network="tiny", batch_size=6, epochs=1, workers=0, precision="no")
 
 
-def test_the_full_preset_runs_on_the_real_formats_with_one_process_and_two(stored, tmp_path, monkeypatch):
+def test_the_full_preset_runs_on_the_real_formats_with_one_process_and_three(stored, tmp_path, monkeypatch):
     assert fpr.check_data(stored).usable and "RFW" in str(fpr.check_data(stored))
     assert not fpr.check_data(stored / "rfw").usable                        # `full` would not start
     monkeypatch.setitem(fpr.NETWORKS, "tiny", lambda: SmallResNet(512, 2, 112))
@@ -524,11 +524,11 @@ def test_the_full_preset_runs_on_the_real_formats_with_one_process_and_two(store
     assert {"RFW African", "BFW WM", "TAR", "std of accuracy"} < set(report.metrics[OURS])
     assert (tmp_path / "one" / "weights.safetensors").is_file()
     assert fpr.run(config).metrics == report.metrics                        # nothing is trained again
-    fpr_child.start(2, tmp_path, "full", dict(root=stored, out=tmp_path / "two",
+    fpr_child.start(3, tmp_path, "full", dict(root=stored, out=tmp_path / "three",
                                               settings=SETTINGS | dict(rows=(OURS,))))
-    two = [torch.load(tmp_path / f"full-{rank}.pt") for rank in range(2)]
-    assert two[0] == two[1] and [*two[0]] == [OURS]
-    assert list((tmp_path / "two" / "work").rglob("step-*.safetensors"))
+    three = [torch.load(tmp_path / f"full-{rank}.pt") for rank in range(3)]
+    assert three[0] == three[1] == three[2] and [*three[0]] == [OURS]
+    assert list((tmp_path / "three" / "work").rglob("step-*.safetensors"))
 
 
 def test_a_dry_run_tells_what_full_would_take(stored, monkeypatch):
