@@ -6,8 +6,8 @@
 __all__ = ['MAX_PIXELS', 'MAX_SIDE', 'MAX_BYTES', 'IMAGE_SUFFIXES', 'VIDEO_SUFFIXES', 'SHIPPED', 'plumbing', 'UserError',
            'write_atomic', 'write_json', 'read_bytes', 'read_text', 'read_json', 'leads_out', 'inside', 'to_uint8',
            'image_array', 'decode_image', 'read_image', 'write_image', 'pictures_in', 'people_of', 'DataCheck',
-           'tensors_digest', 'write_weights', 'list_shipped', 'read_about', 'read_metadata', 'read_weights',
-           'load_plain', 'load_strict', 'progress']
+           'tensors_digest', 'write_weights', 'StoredWeights', 'list_shipped', 'read_about', 'read_metadata',
+           'read_weights', 'load_plain', 'load_strict', 'progress']
 
 # %% ../nbs/foundations/files.ipynb #imports
 import errno
@@ -431,6 +431,20 @@ def tensors_digest(tensors: Mapping, metadata: Mapping = {}) -> str:
 
 
 @plumbing
+def _apart(tensors: Mapping) -> dict:
+    """On the CPU, each with memory of its own; copied where it has none."""
+    apart, taken = {}, set()
+    for name, value in tensors.items():
+        value = value.detach().cpu().contiguous()
+        home = value.untyped_storage()
+        if home.data_ptr() in taken or home.nbytes() != value.nbytes:
+            value = value.clone()
+        taken.add(value.untyped_storage().data_ptr())
+        apart[name] = value
+    return apart
+
+
+@plumbing
 def write_weights(
     path: str | Path,
     tensors: Mapping,
@@ -442,9 +456,7 @@ def write_weights(
     """
     from safetensors.torch import save_file
 
-    tensors = {
-        k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()
-    }
+    tensors = _apart(tensors)
     metadata = {str(k): str(v) for k, v in (metadata or {}).items()}
     with write_atomic(path) as part:
         save_file(
@@ -453,33 +465,60 @@ def write_weights(
             metadata={**metadata, "sha256": tensors_digest(tensors, metadata)},
         )
 
-# %% ../nbs/foundations/files.ipynb #read_weights
+# %% ../nbs/foundations/files.ipynb #StoredWeights
 @plumbing
-def _read_safetensors(path: Path) -> tuple[dict, dict]:
-    """(tensors, metadata) of a .safetensors file; checks its digest."""
-    from safetensors import SafetensorError, safe_open
+class StoredWeights(Mapping):
+    """Name → tensor of a .safetensors file, read as it is asked for.
 
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {k: file.get_tensor(k) for k in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path}: not readable as safetensors ({error})"
-        ) from None
-    said = metadata.pop("sha256", None)
-    right = said is None or said == tensors_digest(state, metadata)
-    if said is None and "digest" in metadata:   # of the tensors alone, once
-        right = metadata["digest"] == tensors_digest(state)
-    if not right:
-        raise UserError(
-            f"{path}: damaged (tensors and header do not match their "
-            "digest); restore it from a copy"
-        )
-    _as_shipped(path)
-    return state, metadata
+    The digest is checked first, a tensor at a time, so that the file may be
+    larger than the memory. `metadata` is what its header holds. Raises
+    UserError for a missing or damaged file.
+    """
 
+    def __init__(self, path: str | Path):
+        from safetensors import SafetensorError, safe_open
 
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"{path}: no such file of weights")
+        try:
+            self.file = safe_open(path, "pt")
+            self.metadata = self.file.metadata() or {}
+            self.names = set(self.file.keys())
+            said = self.metadata.pop("sha256", None)
+            right = said is None or said == tensors_digest(self, self.metadata)
+            if said is None and "digest" in self.metadata:
+                # of the tensors alone, once
+                right = self.metadata["digest"] == tensors_digest(self)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{path}: not readable as safetensors ({error})"
+            ) from None
+        if not right:
+            raise UserError(
+                f"{path}: damaged (tensors and header do not match their "
+                "digest); restore it from a copy"
+            )
+        _as_shipped(path)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.file.get_tensor(name)
+
+    def shape(self, name: str) -> list[int]:
+        return self.file.get_slice(name).get_shape()
+
+    def rows(self, name: str, start: int, stop: int) -> Any:
+        return self.file.get_slice(name)[start:stop]
+
+# %% ../nbs/foundations/files.ipynb #read_weights
 SHIPPED = Path(globals().get("__file__", ".")).parent / "weights"
 
 
@@ -521,7 +560,7 @@ def read_about(path: str | Path, name: str = "about") -> dict:
 @plumbing
 def read_metadata(path: str | Path) -> dict[str, str]:
     """The metadata in a .safetensors header, once the digest is checked."""
-    return _read_safetensors(Path(path))[1]
+    return StoredWeights(path).metadata
 
 
 @plumbing
@@ -538,7 +577,7 @@ def read_weights(path: str | Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path}: no such file of weights")
     if path.suffix == ".safetensors":
-        state = _read_safetensors(path)[0]
+        state = dict(StoredWeights(path))
     else:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)

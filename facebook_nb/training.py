@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Schedule', 'CHECKPOINT', 'Recipe', 'constant', 'cosine', 'milestones', 'warmup', 'one_cycle', 'seed_all', 'Batches',
-           'Processes', 'GradientSum', 'Turn', 'History', 'Run', 'save_checkpoint', 'load_checkpoint', 'TrainingError',
-           'Reporter', 'fit']
+           'Processes', 'GradientSum', 'Turn', 'History', 'Run', 'save_checkpoint', 'load_checkpoint', 'Rows',
+           'TrainingError', 'Reporter', 'fit']
 
 # %% ../nbs/foundations/training.ipynb #imports
 import hashlib
@@ -15,12 +15,13 @@ import random
 import re
 import time
 import warnings
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import (
     Callable, Container, Iterable, Iterator, Mapping, Sequence)
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from facebook_nb.files import (
-    UserError, plumbing, progress, read_weights, write_atomic,
+    StoredWeights, UserError, plumbing, progress, write_atomic,
     write_weights)
 from facebook_nb.processes import (
     accelerator, ask_first, count, end_with_parent, everyone, first, join,
@@ -480,10 +481,11 @@ def save_checkpoint(folder: Path, run: Run, settings: Mapping) -> None:
     """Write folder/step-N.safetensors, whole; then remove old ones.
 
     To be called by all processes. The first one writes what they have in
-    common; each writes its shards, to step-N.rank-R.safetensors.
+    common; each writes its rows of what is sharded, to
+    step-N.rank-R.safetensors.
     """
     _check_finite(run)
-    tensors, shards = {}, {}
+    tensors, shards, written = {}, {}, []
     for name, value, owner in _tensors(run):
         part = shards if id(owner) in run.own else tensors
         part[name] = value.detach()
@@ -491,14 +493,15 @@ def save_checkpoint(folder: Path, run: Run, settings: Mapping) -> None:
     if run.own:
         _write(stem.with_suffix(f".rank-{run.group.rank}.safetensors"),
                shards, step=run.step)
-        everyone(None)              # wait until they are all written
+        written = everyone(     # so that they all are
+            {k: list(v.shape) for k, v in shards.items()})
     if not run.group.rank:
         for name, values in run.history.losses.items():
             tensors[f"losses/{name}"] = torch.tensor(
                 values, dtype=torch.float64)
         _write(stem.with_suffix(".safetensors"), tensors, step=run.step,
-               settings=settings, seconds=run.history.seconds,
-               evaluations=run.history.evaluations)
+               settings=settings, shards=written,
+               seconds=run.history.seconds, evaluations=run.history.evaluations)
     if run.own or not run.group.rank:
         _remove_old(folder, run)
 
@@ -530,14 +533,18 @@ def _steps(folder: Path) -> list[int]:
 
 @plumbing
 def _remove_old(folder: Path, run: Run) -> None:
-    """Keep the last checkpoints up to this step, and this process's part."""
-    steps = _steps(folder)
+    """Keep the last checkpoints up to this step, and the parts of them.
+
+    Each process sees to its part, and to some of those that more processes
+    than there are now have left.
+    """
+    steps, ranks = _steps(folder), 1
     if run.own:
-        steps = first(steps)
+        steps, ranks = first(steps), run.group.count
     kept = [step for step in steps if step <= run.step][:run.recipe.keep]
     for path in folder.glob("step-*.safetensors"):
         match = CHECKPOINT.fullmatch(path.name)
-        if (match and int(match[2] or 0) == run.group.rank
+        if (match and int(match[2] or 0) % ranks == run.group.rank
                 and int(match[1]) <= run.step and int(match[1]) not in kept):
             path.unlink()
     # remnants of a killed process, ours and safetensors' own; younger ones
@@ -552,14 +559,16 @@ def _remove_old(folder: Path, run: Run) -> None:
 def load_checkpoint(folder: Path, run: Run, settings: Mapping) -> None:
     """Continue `run` from the newest intact checkpoint, if there is one.
 
-    Process 0 reads for all, who need not see its disk; each reads its own
-    shards. Raises UserError naming the setting that differs from the
-    checkpoint's, the number of processes included where there are shards.
+    Process 0 reads for all, who need not see its disk; of what is sharded
+    each reads its rows, from the files of those that wrote them. Raises
+    UserError naming the setting that differs from the checkpoint's, or a
+    file of rows when that is missing in every checkpoint.
     """
+    rows, lost = Rows(run), None
     for path in ask_first(_checkpoints, folder):
-        trouble, shards = None, {}
+        trouble = None
         try:
-            record, tensors = ask_first(_read, path)
+            record, tensors = ask_first(_read, path, rows.cut)
             was = record["settings"]
         except UserError as error:
             _warn(run, error)
@@ -570,36 +579,48 @@ def load_checkpoint(folder: Path, run: Run, settings: Mapping) -> None:
                     f"{folder}: holds a run with {key}={was.get(key)!r}, "
                     f"not {settings.get(key)!r}; take its setting or "
                     "another folder")
-        if run.own:
-            part = f"{path.stem}.rank-{run.group.rank}.safetensors"
-            try:
-                shards = _read(folder / part)[1]
-            except UserError as error:
-                trouble = error
-            if any(troubles := everyone(trouble)):
-                _warn(run, next(filter(None, troubles)))
-                continue
-        _restore(run, tensors | shards, folder)
+        rows.find(folder / path.name, record)
+        try:
+            rows.open()
+        except UserError as error:
+            trouble = error
+        if run.own and any(troubles := everyone(trouble)):
+            trouble = next(filter(None, troubles))
+        if trouble:
+            _warn(run, trouble)
+            lost = lost or ("no such file" in str(trouble) and trouble)
+            continue
+        _restore(run, ChainMap(tensors, rows), folder)
         run.step, run.history.seconds = record["step"], record["seconds"]
         run.history.evaluations = record["evaluations"]
         return
+    if lost:
+        raise UserError(f"{lost}; bring what all processes wrote together in "
+                        "one folder, or begin anew in another")
 
 
 @plumbing
-def _read(path: Path) -> tuple[dict, dict]:
+def _read(path: Path, leave: Callable) -> tuple[dict, dict]:
+    """(record, tensors) of a checkpoint, but for those to leave alone."""
+    record, stored = _open(path)
+    return record, {k: stored[k] for k in record["tensors"] if not leave(k)}
+
+
+@plumbing
+def _open(path: Path) -> tuple[dict, StoredWeights]:
     """(record, tensors) of a checkpoint. UserError if it is not whole."""
-    tensors = read_weights(path)
+    stored = StoredWeights(path)
     try:
-        record = json.loads(tensors.pop("record").numpy().tobytes())
+        record = json.loads(stored["record"].numpy().tobytes())
         whole = (record["step"] == int(CHECKPOINT.fullmatch(path.name)[1])
                  and record["tensors"] == {
-                     k: list(v.shape) for k, v in tensors.items()})
+                     k: stored.shape(k) for k in stored if k != "record"})
     except (ValueError, KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
         raise UserError(f"{path}: not a checkpoint of this run, or a part "
                         "of it is missing")
-    return record, tensors
+    return record, stored
 
 
 @plumbing
@@ -607,6 +628,88 @@ def _warn(run: Run, error: UserError) -> None:
     if not run.group.rank:
         warnings.warn(f"{error}; going on from the checkpoint before",
                       stacklevel=4)
+
+# %% ../nbs/foundations/training.ipynb #Rows
+@plumbing
+class Rows(Mapping):
+    """Name → this process's rows of a sharded tensor, read when asked for.
+
+    The rows follow one another in the order of the processes, of those that
+    wrote them and of those that read them, and these may differ in number.
+    To be made by all processes.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.owners = {f"model/{k}": v for k, v in run.model.state_dict(
+            keep_vars=True).items()}
+        self.owners |= {f"optimizer/{turn.name}/{i}": p for turn in run.turns
+                        for i, p in enumerate(_parameters(turn.optimizer))}
+        self.owners |= {f"average/{i}": p for i, p in enumerate(run.live)}
+        mine = {k: len(v) for k, v in self.owners.items()
+                if v.ndim and (id(v) in run.own or not run.own)}
+        self.now = everyone(mine) if run.own else [mine]
+        self.rank = run.group.rank if run.own else 0
+
+    def _owner(self, name: str) -> str:
+        return name if name in self.owners else name.rpartition("/")[0]
+
+    def cut(self, name: str) -> bool:
+        """Whether the processes have different rows of it now."""
+        return id(self.owners.get(self._owner(name))) in self.run.own
+
+    def find(self, path: Path, record: Mapping) -> None:
+        """Where the rows are: name -> (file, rows of it, from and to).
+
+        path, record: of a checkpoint. UserError if there are others.
+        """
+        self.written = {path.with_suffix(f".rank-{r}.safetensors"): shapes
+                        for r, shapes in enumerate(record.get("shards", ()))}
+        parts = self.written or {path: {
+            k: v for k, v in record["tensors"].items() if self.cut(k)}}
+        self.places = {name: self._find(
+            name, [*parts], [shapes[name] for shapes in parts.values()])
+            for name in next(iter(parts.values()))}
+
+    def _find(self, name: str, files: list, shapes: list) -> list:
+        like = min(self.rank, len(files) - 1)
+        if not shapes[like]:                    # a number, alike in all
+            return [(files[like], None, None)]
+        ends = [*accumulate(shape[0] for shape in shapes)]
+        rows = [here.get(self._owner(name), 0) for here in self.now]
+        if sum(rows) != ends[-1]:       # not of rows, or of another network
+            if len(files) != len(self.now):
+                raise UserError(
+                    f"{files[0].parent}: {name} has {ends[-1]} rows, not "
+                    f"{sum(rows)}; take another folder, or as many processes "
+                    f"as wrote it, {len(files)}")
+            return [(files[like], 0, shapes[like][0])]
+        start = sum(rows[:self.rank])
+        stop = start + rows[self.rank]
+        return [(file, max(start - begin, 0), min(stop, end) - begin)
+                for file, begin, end in zip(files, [0, *ends], ends)
+                if max(start, begin) < min(stop, end)]
+
+    def open(self) -> None:
+        """Check the files, of which tensors stay on the disk until needed."""
+        self.files = {}
+        for file in {place[0] for places in self.places.values()
+                     for place in places}:
+            record, self.files[file] = _open(file)
+            if record["tensors"] != self.written.get(file, record["tensors"]):
+                raise UserError(f"{file}: of another checkpoint")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, name: str) -> Tensor:
+        parts = [self.files[file][name] if start is None else
+                 self.files[file].rows(name, start, stop)
+                 for file, start, stop in self.places[name]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 # %% ../nbs/foundations/training.ipynb #restore
 @plumbing
@@ -622,14 +725,14 @@ def _restore(run: Run, tensors: Mapping[str, Tensor], folder: Path) -> None:
             raise UserError(f"{folder}: holds a run of another network, "
                             f"{name} is {was}, not {tuple(value.shape)}; "
                             "take another folder")
-    below = lambda prefix: {k.removeprefix(prefix): v for k, v in
-                            tensors.items() if k.startswith(prefix)}
-    run.model.load_state_dict(below("model/"), strict=False)
+    below = lambda prefix: [k for k in tensors if k.startswith(prefix)]
+    for name, value in run.model.state_dict(keep_vars=True).items():
+        value.copy_(tensors[f"model/{name}"])
     for turn in run.turns:
         parameters, state = _parameters(turn.optimizer), {}
-        for path, value in below(f"optimizer/{turn.name}/").items():
-            i, key = path.split("/")
-            p = parameters[int(i)]
+        for path in below(f"optimizer/{turn.name}/"):
+            i, key = path.split("/")[-2:]
+            p, value = parameters[int(i)], tensors[path]
             if value.shape == p.shape:      # as the parameter lies in memory
                 value = torch.empty_like(p, dtype=value.dtype).copy_(value)
             state.setdefault(int(i), {})[key] = value
@@ -638,8 +741,9 @@ def _restore(run: Run, tensors: Mapping[str, Tensor], folder: Path) -> None:
             "param_groups": turn.optimizer.state_dict()["param_groups"]})
     for i, value in enumerate(run.average or ()):
         value.copy_(tensors[f"average/{i}"])
-    for name, values in below("losses/").items():
-        run.history.losses[name] = values.tolist()
+    for path in below("losses/"):
+        run.history.losses[path.removeprefix("losses/")] = (
+            tensors[path].tolist())
 
 
 @plumbing
@@ -649,7 +753,6 @@ def _settings(run: Run, schedule, samples: int, more) -> dict:
             "checkpoint_every", "keep")
     kept = {k: v for k, v in asdict(run.recipe).items() if k not in free}
     kept |= {"samples": samples,
-             "processes": run.group.count if run.own else None,
              "schedule": [round(schedule(k / 16), 9) for k in range(16)]}
     for turn in run.turns:
         where = f"{turn.name and turn.name + '.'}"
@@ -925,7 +1028,8 @@ def fit(model: nn.Module, loss: Callable | Mapping[str, Callable], data: object,
     a mapping of such, with as many `optimizer`s under the same names.
     data, order: see `Batches`. schedule: share done -> factor on the rates.
     evaluate: (model, steps done) -> mapping of numbers; without gradients.
-    sharded: a part of `model` that differs between processes.
+    sharded: a part of `model` of which each process has some rows, those of
+    process 0 first; see `Rows`.
     settings: more that a resumed run must have in common with this one.
     folder: gets checkpoints/ and logs/; a run found there is continued, or
     just read if it is complete. device: see `Processes`.

@@ -76,19 +76,32 @@ def network(classes, ranks=1):
     return model, (x, torch.randint(classes, (20,))), head
 
 
-def train(classes, ranks=1):
+def train(classes, ranks=1, folder=None, stop=None):
+    """A run of six steps, with a checkpoint every two of them in `folder`; cut short at step `stop`."""
     from facebook_nb.training import Recipe, fit
 
+    class Stop(Exception):
+        pass
+
+    def loss(net, batch, step):
+        if step == stop:
+            raise Stop
+        return net["head"](net["body"](batch[0]), batch[1])
+
     model, data, head = network(classes, ranks)
-    history = fit(model, lambda net, batch, step: net["head"](net["body"](batch[0]), batch[1]), data,
-                  torch.optim.SGD(model.parameters(), 0.5, momentum=0.9),
-                  Recipe(steps=6, batch_size=8, clip_norm=0.5, seed=1), device="cpu",
-                  sharded=head if ranks > 1 else None)
-    return dict(body=model["body"].weight.detach(), weight=head.weight.detach(), loss=history.losses["loss"])
+    optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
+    try:
+        history = fit(model, loss, data, optimizer,
+                      Recipe(steps=6, batch_size=8, clip_norm=0.5, ema=0.8, seed=1, checkpoint_every=2, keep=1),
+                      folder=folder, device="cpu", sharded=head if ranks > 1 else None)
+    except Stop:
+        return None
+    return dict(body=model["body"].weight.detach(), weight=head.weight.detach(), loss=history.losses["loss"],
+                momentum=optimizer.state[head.weight]["momentum_buffer"])
 
 
 def fitted(what, rank, ranks):
-    return train(what["classes"], ranks)
+    return [train(ranks=ranks, **how) for how in what]
 
 
 def full(what, rank, ranks):

@@ -1,6 +1,7 @@
 """The head: fast equals literal, sharded equals whole; group rates; the experiment; lists of pairs; full scale."""
 import csv
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -162,15 +163,34 @@ def test_sharded_head_equals_the_whole(ranks, tmp_path):
     assert {tuple(part["d_W"].shape)[0] for part in (p[0] for p in parts)} == ({15, 16} if ranks == 2 else {10, 11})
 
 
-def test_training_with_a_sharded_head(tmp_path):
-    fpr_child.start(3, tmp_path, "fitted", dict(classes=11))
-    parts = [torch.load(tmp_path / f"fitted-{rank}.pt") for rank in range(3)]
+def test_a_sharded_head_is_trained_and_resumed_by_any_number_of_processes(tmp_path):
+    """As one process that nobody stopped does it, prototypes and momentum: only sums are in another order (float64)."""
     whole = fpr_child.train(11)
-    for part in parts:
-        torch.testing.assert_close(part["body"], whole["body"], rtol=1e-6, atol=1e-8)
-        np.testing.assert_allclose(part["loss"], whole["loss"], rtol=1e-6)
-    torch.testing.assert_close(torch.cat([part["weight"] for part in parts]), whole["weight"], rtol=1e-6, atol=1e-8)
-    assert [len(part["weight"]) for part in parts] == [3, 4, 4]
+
+    def fit(ranks, *jobs):
+        fpr_child.start(ranks, tmp_path, "fitted", [dict(classes=11, **job) for job in jobs])
+        return [*zip(*(torch.load(tmp_path / f"fitted-{rank}.pt") for rank in range(ranks)))]
+
+    def equal(parts):
+        for part in parts:
+            torch.testing.assert_close(part["body"], whole["body"], rtol=1e-9, atol=1e-12)
+            np.testing.assert_allclose(part["loss"], whole["loss"], rtol=1e-6)      # kept in float32
+        for key in ("weight", "momentum"):
+            torch.testing.assert_close(torch.cat([part[key] for part in parts]), whole[key], rtol=1e-9, atol=1e-12)
+        assert [len(part["weight"]) for part in parts] == {1: [11], 2: [5, 6], 3: [3, 4, 4]}[len(parts)]
+
+    two, three, one = (tmp_path / name for name in ("two", "three", "one"))
+    fit(2, dict(folder=two, stop=5))
+    shutil.copytree(two, tmp_path / "two again")
+    assert fpr_child.train(11, folder=one, stop=5) is None
+    for found in fit(3, {}, dict(folder=two), dict(folder=three, stop=5))[:2]:          # uninterrupted; 2 -> 3
+        equal(found)
+    for found in fit(2, dict(folder=three), dict(folder=one)):                          # 3 -> 2; 1 -> 2
+        equal(found)
+    equal([fpr_child.train(11, folder=tmp_path / "two again")])                         # 2 -> 1
+    for folder, ranks in ((two, 3), (three, 2), (one, 2), (tmp_path / "two again", 1)):     # what others left is gone
+        assert sorted(p.name for p in folder.glob("*/step-*")) == sorted(
+            ["step-000006.safetensors", *(f"step-000006.rank-{r}.safetensors" for r in range(ranks) if ranks > 1)])
 
 
 def test_head_on_a_device_in_bf16(device):
@@ -494,7 +514,7 @@ def stored(tmp_path_factory):
 SETTINGS = dict(network="tiny", batch_size=6, epochs=1, workers=0, precision="no")
 
 
-def test_the_full_preset_runs_on_the_real_formats_with_one_process_and_two(stored, tmp_path, monkeypatch):
+def test_the_full_preset_runs_on_the_real_formats_with_one_process_and_three(stored, tmp_path, monkeypatch):
     assert fpr.check_data(stored).usable and "RFW" in str(fpr.check_data(stored))
     assert not fpr.check_data(stored / "rfw").usable                        # `full` would not start
     monkeypatch.setitem(fpr.NETWORKS, "tiny", lambda: SmallResNet(512, 2, 112))
@@ -504,11 +524,11 @@ def test_the_full_preset_runs_on_the_real_formats_with_one_process_and_two(store
     assert {"RFW African", "BFW WM", "TAR", "std of accuracy"} < set(report.metrics[OURS])
     assert (tmp_path / "one" / "weights.safetensors").is_file()
     assert fpr.run(config).metrics == report.metrics                        # nothing is trained again
-    fpr_child.start(2, tmp_path, "full", dict(root=stored, out=tmp_path / "two",
+    fpr_child.start(3, tmp_path, "full", dict(root=stored, out=tmp_path / "three",
                                               settings=SETTINGS | dict(rows=(OURS,))))
-    two = [torch.load(tmp_path / f"full-{rank}.pt") for rank in range(2)]
-    assert two[0] == two[1] and [*two[0]] == [OURS]
-    assert list((tmp_path / "two" / "work").rglob("step-*.safetensors"))
+    three = [torch.load(tmp_path / f"full-{rank}.pt") for rank in range(3)]
+    assert three[0] == three[1] == three[2] and [*three[0]] == [OURS]
+    assert list((tmp_path / "three" / "work").rglob("step-*.safetensors"))
 
 
 def test_a_dry_run_tells_what_full_would_take(stored, monkeypatch):

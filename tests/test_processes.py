@@ -167,6 +167,6 @@ def test_sigkill_of_one_of_two(context, tmp_path):
 
 # --- chapters ---
 
-def test_full_in_two_processes(context, tmp_path):
-    """sdd_fiqa's, as a command: test_readme.py."""
-    repeat("local_relation", "full", 2, 2, random.Random(), tmp_path, context)
+def test_full_in_three_processes(context, tmp_path):
+    """Faces are cut in parts, by all. Others: test_readme.py (sdd_fiqa, two), test_fpr.py (a sharded head, three)."""
+    repeat("local_relation", "full", 1, 3, random.Random(), tmp_path, context)

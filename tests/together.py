@@ -1,6 +1,6 @@
 """A chapter in several gloo processes on this machine: no hang, no crash, the same report in each.
 
-    python -m tests.together [--repeats 10] [--ranks 2] [--seed 0] [--full | --smoke] [CHAPTER …]
+    python -m tests.together [--repeats 10] [--processes 2] [--seed 0] [--full | --smoke] [CHAPTER …]
 
 `make test` does a few of these (test_processes.py). Processes start up to two seconds apart, so that one that looks for
 what another writes sees it now, and now not. `--full` runs preset `full` on made data in the real formats.
@@ -33,7 +33,7 @@ def tiny(chapter: str, root: Path) -> dict:
     fixture, settings = {
         "fpr": ("stored", dict(network="tiny", batch_size=6, epochs=1, workers=0, precision="no")),
         "sdd_fiqa": ("stored", dict(batch_size=11, epochs=1, workers=0, m=5, precision="no")),
-        "local_relation": ("release", dict(encoder="small", size=64, epochs=1, batch_size=4, workers=0, video_frames=2,
+        "local_relation": ("release", dict(encoder="small", size=64, epochs=1, batch_size=6, workers=0, video_frames=2,
                                            precision="no", held_out="FaceSwap")),
         "d2am": ("data_sets", dict(protocols=("O&C&I->M",), side=24, width=0.5, network="small", epochs=1,
                                    epoch_steps=1, batch=1, K=1, rows=("D2AM",), workers=0,
@@ -147,7 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("chapters", nargs="*", default=CHAPTERS, metavar="CHAPTER")
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2, dest="ranks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--full", action="store_true", help="only preset full")
     parser.add_argument("--smoke", action="store_true", help="only preset smoke")
