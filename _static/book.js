@@ -1,5 +1,5 @@
 // An equation wider than its column gets each part on a line of its own, then smaller letters, down to 55 % of the text's; beyond that
-// it scrolls. Done anew when the window's width changes.
+// it scrolls. Done anew when the column's width changes.
 function fitEquations() {
   const wide = box => box.scrollWidth > box.clientWidth + 1;
   for (const item of MathJax.startup.document.math) {
@@ -32,8 +32,8 @@ function topLevelParts(tex) {
   return parts.filter(part => part.trim());
 }
 
-addEventListener("load", () => window.MathJax?.startup?.promise.then(() => {
-  fitEquations();
-  let width = innerWidth;
-  addEventListener("resize", () => width !== innerWidth && fitEquations(width = innerWidth));
+addEventListener("load", () => window.MathJax?.startup?.promise.then(() => document.fonts.ready).then(() => {
+  let width = 0;                                    // of the column: the sidebars come and go with a transition
+  const watch = new ResizeObserver(([{contentRect}]) => contentRect.width !== width && fitEquations(width = contentRect.width));
+  watch.observe(document.querySelector("article"));
 }));

@@ -98,8 +98,13 @@ def test_every_public_name_can_be_linked_to_and_its_source_found(html):
             assert f'id="{anchor}"' in pages[path], f"{path}#{anchor}"
 
 
+CUT = """[...document.querySelectorAll('mjx-container[display]')].filter(e => e.scrollWidth > e.clientWidth + 1)
+         .map(e => e.textContent)"""
+
+
 def test_every_page_reads_well_with_the_network_off(html, address, browser):
     """At both sizes: it is loaded at that at which the last page was left, then brought to the other."""
+    from playwright.sync_api import TimeoutError
     page, sizes, complaints = browser.new_page(viewport=SIZES[0]), SIZES, []
     page.on("console", lambda m: m.type == "error" and complaints.append(m.text))
     page.on("pageerror", lambda e: complaints.append(str(e)))
@@ -113,10 +118,10 @@ def test_every_page_reads_well_with_the_network_off(html, address, browser):
             page.set_viewport_size(size)
             wide = page.evaluate("document.scrollingElement.scrollWidth - innerWidth")
             assert wide <= 0, f"{path} scrolls sideways by {wide} px at {size['width']} px"
-            page.wait_for_timeout(20)       # equations are fitted to the new width
-            cut = page.evaluate("""[...document.querySelectorAll('mjx-container[display]')]
-                                   .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)""")
-            assert not cut, f"{path}: cut at {size['width']} px: {cut}"
+            try:                            # equations are fitted to the new width
+                page.wait_for_function(f"!{CUT}.length", timeout=5_000, polling=20)
+            except TimeoutError:
+                raise AssertionError(f"{path}: cut at {size['width']} px: {page.evaluate(CUT)}") from None
         sizes = sizes[::-1]
         # pictures load lazily: bring each into view
         page.evaluate("document.querySelectorAll('img').forEach(i => i.loading = 'eager')")

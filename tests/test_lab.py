@@ -92,7 +92,7 @@ def test_a_chapter_reads_well_where_it_is_run(lab, browser, chapter):  # noqa: F
     # figures with captions that links find; code folded as in the book
     source = json.loads((place / f"{chapter}.ipynb").read_text())["cells"]
     anchors = page.locator("[data-jupyter-id^=fig-], [id^=fig-]").count()
-    calls = [c for c in source if "\nfigure(\n" in "\n" + "".join(c["source"])]
+    calls = [c for c in source if re.search(r"^ *figure\(\n", "".join(c["source"]), re.M)]
     assert anchors == len(calls) > 5 and page.locator(".jp-RenderedSVG, .jp-RenderedImage").count() >= len(calls)
     folded = [c for c in source if c["metadata"].get("jupyter", {}).get("source_hidden")]
     assert page.locator(".jp-InputPlaceholder, .jp-Cell-inputArea .jp-Placeholder").count() >= len(folded) > 20
