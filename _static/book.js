@@ -19,14 +19,14 @@ function remake(item, tex) {
   item.rerender(MathJax.startup.document, 20);      // 20: from reading the TeX on
 }
 
-// The parts between \qquad, unless that stands inside braces or an environment.
+// The parts between \quad or \qquad, unless that stands inside braces or an environment.
 function topLevelParts(tex) {
-  const tokens = /\\begin\{\w+\*?\}|\\end\{\w+\*?\}|\\(?:qquad|left|right)(?![a-z])|\\[{}]|[{}]|[^]/g;
+  const tokens = /\\begin\{\w+\*?\}|\\end\{\w+\*?\}|\\(?:q?quad|left|right)(?![a-z])|\\[{}]|[{}]|[^]/g;
   let depth = 0, parts = [""];
   for (const [token] of tex.matchAll(tokens)) {
     if (/^(\{|\\begin|\\left)/.test(token)) depth++;
     if (/^(\}|\\end|\\right)/.test(token)) depth--;
-    if (token === "\\qquad" && !depth) parts.push("");
+    if (/^\\q?quad/.test(token) && !depth) parts.push("");
     else parts[parts.length - 1] += token;
   }
   return parts.filter(part => part.trim());
