@@ -14,6 +14,15 @@ function fitEquations() {
   }
 }
 
+// A table of results that is wider than its column gets smaller letters, down to 75 %; beyond that it scrolls.
+function fitTables() {
+  for (const table of document.querySelectorAll("table.results")) {
+    table.style.fontSize = "";
+    const size = parseFloat(getComputedStyle(table).fontSize), share = table.parentElement.clientWidth / table.scrollWidth;
+    if (share < 1) table.style.fontSize = `${Math.max(.75, share - .01) * size}px`;
+  }
+}
+
 function remake(item, tex) {
   item.math = tex;
   item.rerender(MathJax.startup.document, 20);      // 20: from reading the TeX on
@@ -32,8 +41,13 @@ function topLevelParts(tex) {
   return parts.filter(part => part.trim());
 }
 
-addEventListener("load", () => window.MathJax?.startup?.promise.then(() => document.fonts.ready).then(() => {
-  let width = 0;                                    // of the column: the sidebars come and go with a transition
-  const watch = new ResizeObserver(([{contentRect}]) => contentRect.width !== width && fitEquations(width = contentRect.width));
-  watch.observe(document.querySelector("article"));
+// The column's width: the sidebars come and go with a transition.
+addEventListener("load", () => Promise.all([window.MathJax?.startup?.promise, document.fonts.ready]).then(() => {
+  let width = 0;
+  new ResizeObserver(([{contentRect}]) => {
+    if (contentRect.width === width) return;
+    width = contentRect.width;
+    fitTables();
+    if (window.MathJax?.startup) fitEquations();
+  }).observe(document.querySelector("article"));
 }));

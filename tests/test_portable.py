@@ -1,4 +1,5 @@
 """Pages read well in every front end of Jupyter, and the book makes numbered figures and equations of the same text."""
+import ast
 import json
 import re
 import sys
@@ -48,6 +49,26 @@ def test_no_role_and_no_directive_is_left(notebook):
     for text in texts(notebook):
         assert not MARKUP.search(text), text[:100]
         assert "\\label" not in text and not re.search(r"\$\$ \(", text), text[:100]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, **named)
+def test_prose_below_the_report_quotes_what_it_has_by_then(notebook):
+    """At smoke an unknown name is no error, so only a long run would tell."""
+    reported, later, quoted = False, set(), []
+    for cell in cells(notebook):
+        code = cell["cell_type"] == "code" and source(cell)
+        if code and portable.is_prose(code):
+            text = portable.call_of(code, "prose")[0] if reported else ""
+            quoted.append((cell["id"], {n[1:-1].split(":")[0] for n in NAME.findall(text)}))
+        elif code and "numbers(" in code:
+            calls = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.Call)
+                     and isinstance(n.func, ast.Name) and n.func.id == "numbers"]
+            given = {k.arg.replace("_", "-") for call in calls for k in call.keywords if k.arg}
+            if reported:
+                for where, names in quoted:
+                    assert not names & given - later, f"{where} quotes {names & given} before they are handed over"
+            later |= given
+            reported |= any(call.args for call in calls)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, **named)
