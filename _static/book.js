@@ -49,5 +49,5 @@ addEventListener("load", () => Promise.all([window.MathJax?.startup?.promise, do
     width = contentRect.width;
     fitTables();
     if (window.MathJax?.startup) fitEquations();
-  }).observe(document.querySelector("article"));
+  }).observe(document.querySelector("article") ?? document.body);      // the page of the search has none
 }));
