@@ -61,10 +61,6 @@ def standing(root: Path) -> list[str]:
 def came_out(chapter: str, entry: dict) -> str:
     """Verdict and number of a chapter, in plain words."""
     claim = Claim.of(entry["claim"])
-    if ASKS[chapter].get("percent") and claim.effect is not None:
-        percent = lambda x: 100 * math.expm1(x)
-        claim = replace(claim, effect=percent(claim.effect),
-                        interval=claim.interval and tuple(map(percent, claim.interval)))
     verdict, _, number = str(replace(claim, unit=ASKS[chapter]["counts"])).partition(": ")
     number = re.sub(r" \[(\S+), (\S+)\], \d+ seeds$", r", between \1 and \2", number)
     number = re.sub(r"[+-](0(?:\.0+)?)(?![\d.])", r"\1", number)           # no -0
